@@ -1,0 +1,517 @@
+"""One sync: observe, plan, send step by step, release; again from the start after a transient error.
+
+A retry repeats the whole attempt. What was committed meanwhile shows as common, what is durable of
+an unfinished step is not sent again, so an acknowledgement that was lost costs a look and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from time import monotonic
+
+import msgspec
+import tenacity
+
+from agent import events as e
+from agent import messages as m
+from agent.cluster import Cluster, Pool
+from agent.errors import NotFoundError, SiphonError
+from agent.model import (
+    Checkpoint,
+    ImageSpec,
+    Lineage,
+    Origin,
+    Replica,
+    Shape,
+    Snapshot,
+    Source,
+    Step,
+    Value,
+    encode,
+)
+from agent.names import METADATA_PREFIX, PEER_PREFIX, is_own, snapshot_name, tag
+from agent.plan import Accept, Ground, ground, steps
+from agent.retention import expendable
+from agent.sender import send_step
+from agent.session import Channel, Session, conversation
+from agent.settings import ClusterSettings
+from agent.source import Tally, changed, fast, observe, require
+from agent.spec import SourceSpec, TargetSpec
+from agent.threads import blocking
+
+#: Pauses between attempts: exponential with jitter, seconds.
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+#: How often progress is told, seconds.
+_TELL = 0.25
+
+Connect = Callable[[], AbstractAsyncContextManager[Channel]]
+
+
+class Peer(Value, frozen=True):
+    """What the source image remembers of one replica: the last snapshot confirmed on both sides."""
+
+    replica: str
+    snapshot: Snapshot
+    confirmed_at: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. `attempts` bounds the attempts in a row that bring nothing new."""
+
+    source: SourceSpec
+    target: TargetSpec
+    cluster: ClusterSettings = ClusterSettings()
+    keep: int = 3
+    intermediate: bool = False
+    accept: Accept = Accept.NOTHING
+    data_pool: str = ""
+    dry_run: bool = False
+    timeout: float = 60.0
+    attempts: int = 6
+
+    @property
+    def snapshot_named(self) -> bool:
+        """Whether the user named the snapshot to send: then none is taken and none removed."""
+        return bool(self.source.snapshot)
+
+
+@dataclass
+class _Account:
+    """What the run has done so far, over all attempts."""
+
+    attempt: int = 0
+    fruitless: int = 0
+    read: int = 0
+    channels: list[Channel] = field(default_factory=list)
+    committed: list[Step] = field(default_factory=list)
+    resumed_from: int | None = None
+    base: str | None = None
+    removed: list[str] = field(default_factory=list)
+    started: float = field(default_factory=monotonic)
+
+    @property
+    def sent(self) -> int:
+        return sum(each.sent for each in self.channels)
+
+    @property
+    def seconds(self) -> float:
+        return round(monotonic() - self.started, 3)
+
+
+class Sync:
+    """One image, one target, now."""
+
+    def __init__(self, request: Request, connect: Connect, observer: e.Observer) -> None:
+        self._request = request
+        self._connect = connect
+        self._observer = observer
+        self._run = secrets.token_hex(6)
+        self._account = _Account()
+        self._end: Snapshot | None = None
+        self._taken: Snapshot | None = None
+        self._warned: set[str] = set()
+        self._recreated = False
+
+    async def run(self) -> e.Result:
+        """Do it, retrying what is transient; raises what stays."""
+        request = self._request
+        cluster = await blocking(Cluster, request.cluster, request.timeout)
+        try:
+            pool = await blocking(cluster.pool, request.source.image.pool, request.source.image.namespace)
+            await blocking(observe, pool, request.source.image, cluster.fsid)
+            try:
+                async for attempt in self._attempts():
+                    with attempt:
+                        self._account.attempt += 1
+                        self._account.fruitless += 1
+                        return await self._attempt(cluster, pool)
+            except (SiphonError, asyncio.CancelledError):
+                await asyncio.shield(blocking(self._forget_unsent, pool))
+                raise
+        finally:
+            await blocking(cluster.close)
+        raise AssertionError("tenacity ended without a result or an error")
+
+    def _attempts(self) -> tenacity.AsyncRetrying:
+        return tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, SiphonError) and error.transient),
+            stop=lambda _: self._account.fruitless >= self._request.attempts,
+            wait=tenacity.wait_exponential_jitter(_FIRST_WAIT, _LONGEST_WAIT),
+            before_sleep=self._tell_retry,
+            reraise=True,
+        )
+
+    def _tell_retry(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        wait = round(state.next_action.sleep, 2) if state.next_action else 0.0
+        self._observer.emit(e.Retry(attempt=self._account.attempt, error=str(error), wait=wait))
+
+    async def _attempt(self, cluster: Cluster, pool: Pool) -> e.Result:
+        async with self._session() as session:
+            welcome = await session.hello(self._run)
+            for trouble in welcome.trouble:
+                self._warn(f"the target cluster says: {trouble}")
+            if self._request.dry_run:
+                return await self._rehearse(session, welcome, cluster, pool)
+            return await self._replicate(session, welcome, cluster, pool)
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[Session]:
+        async with self._connect() as channel:
+            self._account.channels.append(channel)
+            async with conversation(channel, self._request.timeout, self._warn) as session:
+                yield session
+
+    async def _replicate(self, session: Session, welcome: m.Welcome, cluster: Cluster, pool: Pool) -> e.Result:
+        request = self._request
+        spec, target = request.source.image, request.target.image
+        source = await blocking(observe, pool, spec, cluster.fsid)
+        discard = request.accept is Accept.ROLLBACK
+        seen = await session.ask(m.Open(image=target, source=source.identity, discard=discard), m.Seen)
+        replica = seen.replica
+        # What was recreated once in this run is ours by now, and goes on like any other replica.
+        accept = Accept.NOTHING if self._recreated else request.accept
+        where = ground(source, replica, accept)
+        if where.pending is not None and self._end is None and not request.snapshot_named:
+            # Finish what an earlier run began; then take what changed since.
+            replica = await self._send(session, cluster, pool, source, replica, where, where.pending.end)
+            if not await self._changed_since(pool, where.pending.end):
+                return await self._release(session, welcome, pool, replica, where.pending.end)
+            where = Ground(base=where.pending.end)
+        if self._end is None:
+            self._end = await self._choose_end(pool, source, tag(welcome.fsid, target))
+        source = await blocking(observe, pool, spec, cluster.fsid)
+        if self._end not in source.snapshots:
+            raise NotFoundError(f"snapshot {spec}@{self._end.name} (id {self._end.id}) was removed while it was being sent")
+        replica = await self._send(session, cluster, pool, source, replica, where, self._end)
+        return await self._release(session, welcome, pool, replica, self._end)
+
+    async def _choose_end(self, pool: Pool, source: Source, replica_tag: str) -> Snapshot:
+        """Return the snapshot the user named, or take one now."""
+        spec, wanted = self._request.source.image, self._request.source.snapshot
+        if wanted:
+            return named(source, wanted)
+        name = snapshot_name(datetime.now(UTC), replica_tag, secrets.randbits(16))
+        self._decide(f"rbd snap create {spec}@{name}")
+        self._taken = await blocking(_take, pool, spec, name)
+        return self._taken
+
+    async def _send(
+        self,
+        session: Session,
+        cluster: Cluster,
+        pool: Pool,
+        source: Source,
+        replica: Replica | None,
+        where: Ground,
+        end: Snapshot,
+    ) -> Replica:
+        """Carry the replica from `where` to `end`, and return what it holds then."""
+        request = self._request
+        way = steps(source, replica, where, end, intermediate=request.intermediate)
+        creates = (str(request.target.image),) if where.create or where.recreate else ()
+        if way:
+            self._observer.emit(
+                e.Plan(
+                    image=str(request.source.image),
+                    target=str(request.target),
+                    dry_run=False,
+                    steps=tuple(e.PlannedStep(base=each.base.name if each.base else None, end=each.end.name) for each in way),
+                    creates=creates,
+                )
+            )
+        if where.recreate and replica is not None:
+            self._warn(f"moving {replica.spec} (id {replica.image_id}) to the target's trash, as --recreate allows")
+            await session.ask(m.Trash(image=replica.spec, image_id=replica.image_id), m.Done)
+        if where.create or where.recreate:
+            replica = await self._create(session, pool, source, way[0].end)
+            self._recreated = True
+        assert replica is not None
+        if self._account.base is None and not self._account.committed:
+            self._account.base = where.base.name if where.base else None
+        for number, step in enumerate(way, 1):
+            await self._step(session, pool, source, step, (number, len(way)), discard=where.discard and number == 1)
+            self._account.committed.append(step)
+            self._account.fruitless = 0
+        seen = await session.ask(m.Survey(image=request.target.image, source=source.identity), m.Seen) if way else m.Seen(replica)
+        return seen.replica or replica
+
+    async def _create(self, session: Session, pool: Pool, source: Source, end: Snapshot) -> Replica:
+        shape, metadata = await blocking(_layout, pool, source.spec, end)
+        lineage = Lineage(source.identity, str(source.spec), _now())
+        created = await session.ask(
+            m.Create(
+                image=self._request.target.image,
+                shape=shape,
+                lineage=lineage,
+                metadata=metadata,
+                data_pool=self._request.data_pool,
+            ),
+            m.Created,
+        )
+        if created.left_out:
+            self._warn(f"the replica does not get these features of the source: {', '.join(created.left_out)}")
+        return created.replica
+
+    async def _step(
+        self, session: Session, pool: Pool, source: Source, step: Step, place: tuple[int, int], *, discard: bool
+    ) -> None:
+        begun = await session.ask(m.Begin(step=step, discard=discard), m.Begun)
+        self._taken = None  # the target knows of it: from now on the snapshot belongs to an unfinished step
+        start = begun.checkpoint
+        if start.until:
+            self._decide(f"resuming {step} at {start.until:,} bytes")
+            if self._account.resumed_from is None:
+                self._account.resumed_from = start.until
+        tally = Tally()
+        image = await blocking(pool.open, source.spec.image)
+        try:
+            async with self._progress(session, step, place, tally, start):
+                total = await send_step(session, image, step, start, tally)
+                # What was read is the snapshot's content only if the snapshot is still there.
+                await blocking(require, pool, source.spec, step)
+                origin = Origin(source.identity, step.end, _now())
+                await session.ask(m.Commit(checkpoint=total, origin=origin), m.Done)
+        finally:
+            self._account.read += tally.read
+            await blocking(image.close)
+
+    @asynccontextmanager
+    async def _progress(
+        self, session: Session, step: Step, place: tuple[int, int], tally: Tally, start: Checkpoint
+    ) -> AsyncIterator[None]:
+        """Tell about a step now and then while the body runs."""
+        durable, began = start.until, monotonic()
+
+        def moved(checkpoint: Checkpoint) -> None:
+            nonlocal durable
+            durable = checkpoint.until
+            self._account.fruitless = 0
+
+        def tell() -> None:
+            self._observer.emit(
+                e.Progress(
+                    step=place[0],
+                    steps=place[1],
+                    base=step.base.name if step.base else None,
+                    end=step.end.name,
+                    done=tally.read,
+                    known=max(tally.known, tally.read),
+                    sent=session.sent,
+                    durable=durable,
+                    attempt=self._account.attempt,
+                    seconds=round(monotonic() - began, 3),
+                )
+            )
+
+        async def tick() -> None:
+            while True:
+                tell()
+                await asyncio.sleep(_TELL)
+
+        session.durable = moved
+        ticking = asyncio.create_task(tick())
+        try:
+            yield
+            tell()
+        finally:
+            ticking.cancel()
+            session.durable = lambda _: None
+
+    async def _changed_since(self, pool: Pool, snapshot: Snapshot) -> bool:
+        """Tell whether the source may have changed since `snapshot`."""
+        image = await blocking(pool.open, self._request.source.image.image)
+        try:
+            size = await blocking(image.size)
+            if size != snapshot.size or not await blocking(fast, image, snapshot, None):
+                return True
+            async for extents in changed(image, snapshot, 0, size, Tally(), trusted=True):
+                if extents:
+                    return True
+            return False
+        finally:
+            await blocking(image.close)
+
+    async def _release(self, session: Session, welcome: m.Welcome, pool: Pool, replica: Replica, end: Snapshot) -> e.Result:
+        """Record what is common now, remove what is not needed any more, and let go of the replica."""
+        request = self._request
+        spec = request.source.image
+        peer = Peer(str(request.target), end, _now())
+        key = f"{PEER_PREFIX}{welcome.fsid}.{replica.image_id}"
+        pinned = await blocking(_confirm, pool, spec, key, peer)
+        if not request.snapshot_named:
+            await self._prune(session, pool, replica, tag(welcome.fsid, request.target.image), pinned | {end.id})
+        await session.ask(m.Close(), m.Done)
+        return self._result("committed" if self._account.committed else "up-to-date", end.name)
+
+    async def _prune(self, session: Session, pool: Pool, replica: Replica, replica_tag: str, pinned: set[int]) -> None:
+        request = self._request
+        copies = tuple(Snapshot(each.id, each.name, each.size) for each in replica.origins().values())
+        last = max((each.id for each in copies), default=0)
+        there = expendable(copies, replica_tag=replica_tag, keep=request.keep, pinned={last})
+        if there:
+            self._decide(f"removing from the target: {', '.join(each.name for each in there)}")
+            removed = await session.ask(m.Remove(snapshots=tuple(each.id for each in there)), m.Removed)
+            self._account.removed += [f"target@{name}" for name in removed.names]
+            for name, why in removed.kept.items():
+                self._warn(f"snapshot {name} stays at the target: {why}")
+        gone, kept = await blocking(_prune_source, pool, request.source.image, replica_tag, request.keep, pinned)
+        self._account.removed += [f"source@{name}" for name in gone]
+        for name, why in kept.items():
+            self._warn(f"snapshot {name} stays at the source: {why}")
+
+    async def _rehearse(self, session: Session, welcome: m.Welcome, cluster: Cluster, pool: Pool) -> e.Result:
+        """Find out and tell what a run would do; nothing is written on either side."""
+        request = self._request
+        spec = request.source.image
+        source = await blocking(observe, pool, spec, cluster.fsid)
+        seen = await session.ask(m.Survey(image=request.target.image, source=source.identity), m.Seen)
+        where = ground(source, seen.replica, request.accept)
+        newest = max((each.id for each in source.snapshots), default=0)
+        present = Snapshot(newest + 1, "(a snapshot taken now)", source.size)
+        end = named(source, request.source.snapshot) if request.snapshot_named else present
+        way = steps(source, seen.replica, where, end, intermediate=request.intermediate)
+        planned = []
+        for step in way:
+            tally = await self._measure(pool, step, live=step.end is present)
+            planned.append(
+                e.PlannedStep(
+                    base=step.base.name if step.base else None, end=step.end.name, extents=tally.extents, bytes=tally.known
+                )
+            )
+        removes = () if request.snapshot_named else self._would_remove(source, seen.replica, welcome, way)
+        creates = [f"target: image {request.target.image}"] if where.create or where.recreate else []
+        if way and not request.snapshot_named:
+            creates.append(f"source: snapshot {spec}@{snapshot_name(datetime.now(UTC), tag(welcome.fsid, request.target.image), 0)}")
+        creates += [f"target: snapshot {request.target.image}@{each.end.name}" for each in way]
+        if where.recreate and seen.replica is not None:
+            removes = (f"target: image {seen.replica.spec} (to the trash)", *removes)
+        self._observer.emit(
+            e.Plan(
+                image=str(spec),
+                target=str(request.target),
+                dry_run=True,
+                steps=tuple(planned),
+                creates=tuple(creates),
+                removes=tuple(removes),
+            )
+        )
+        self._account.base = where.base.name if where.base else None
+        return self._result("planned" if way else "up-to-date", way[-1].end.name if way else end.name)
+
+    async def _measure(self, pool: Pool, step: Step, *, live: bool) -> Tally:
+        """Find out what a step would read; `live`: its end is the image's present content."""
+        tally = Tally()
+        image = await blocking(pool.open, self._request.source.image.image)
+        try:
+            trusted = await blocking(fast, image, step.base, None if live else step.end)
+            async for extents in changed(image, step.base, 0, step.end.size, tally, trusted=trusted):
+                tally.extents += len(extents)
+        finally:
+            await blocking(image.close)
+        return tally
+
+    def _would_remove(
+        self, source: Source, replica: Replica | None, welcome: m.Welcome, way: tuple[Step, ...]
+    ) -> tuple[str, ...]:
+        replica_tag = tag(welcome.fsid, self._request.target.image)
+        keep = max(1, self._request.keep - len(way))  # the steps' own ends count among those kept
+        copies = replica.origins().values() if replica is not None else ()
+        there = tuple(Snapshot(each.id, each.name, each.size) for each in copies)
+        sides = (("target", there), ("source", source.snapshots))
+        if self._request.keep <= len(way):
+            own = [(side, each) for side, snapshots in sides for each in snapshots if is_own(each.name, replica_tag)]
+            return tuple(f"{side}: snapshot {each.name}" for side, each in own)
+        return tuple(
+            f"{side}: snapshot {each.name}"
+            for side, snapshots in sides
+            for each in expendable(snapshots, replica_tag=replica_tag, keep=keep, pinned=())
+        )
+
+    def _forget_unsent(self, pool: Pool) -> None:
+        """Remove the snapshot that this run took and no step has begun with (blocks)."""
+        if self._taken is None:
+            return
+        with suppress(SiphonError), pool.open(self._request.source.image.image, writable=True) as image:
+            if self._taken in image.snapshots():
+                image.remove_snapshot(self._taken.name)
+
+    def _result(self, state: str, end: str | None) -> e.Result:
+        account = self._account
+        return e.Result(
+            state=state,  # type: ignore[arg-type]  # one of the literals at each call above
+            image=str(self._request.source.image),
+            target=str(self._request.target),
+            base=account.base,
+            end=end,
+            bytes_read=account.read,
+            bytes_sent=account.sent,
+            resumed_from=account.resumed_from,
+            attempts=account.attempt,
+            seconds=account.seconds,
+            steps=len(account.committed),
+            removed=tuple(account.removed),
+        )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            self._observer.emit(e.Warning(message=message))
+
+    def _decide(self, message: str) -> None:
+        self._observer.emit(e.Decision(message=message))
+
+
+def named(source: Source, name: str) -> Snapshot:
+    """Return the source's snapshot of that name; NotFoundError with those there are."""
+    for each in source.snapshots:
+        if each.name == name:
+            return each
+    there = ", ".join(each.name for each in source.snapshots) or "none"
+    raise NotFoundError(f"there is no snapshot {source.spec}@{name}", hint=f"its snapshots: {there}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _take(pool: Pool, spec: ImageSpec, name: str) -> Snapshot:
+    with pool.open(spec.image, writable=True) as image:
+        image.take_snapshot(name)
+        return next(each for each in image.snapshots() if each.name == name)
+
+
+def _layout(pool: Pool, spec: ImageSpec, end: Snapshot) -> tuple[Shape, dict[str, str]]:
+    with pool.open(spec.image) as image:
+        shape = msgspec.structs.replace(image.shape(), size=end.size)
+        metadata = {key: value for key, value in image.metadata().items() if not key.startswith(METADATA_PREFIX)}
+    return shape, metadata
+
+
+def _confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer) -> set[int]:
+    """Record the last common snapshot on the source image; return those of all its replicas."""
+    with pool.open(spec.image, writable=True) as image:
+        image.set_metadata(key, encode(peer))
+        known = [value for name, value in image.metadata().items() if name.startswith(PEER_PREFIX)]
+    return {msgspec.json.decode(value, type=Peer).snapshot.id for value in known}
+
+
+def _prune_source(
+    pool: Pool, spec: ImageSpec, replica_tag: str, keep: int, pinned: set[int]
+) -> tuple[list[str], dict[str, str]]:
+    gone: list[str] = []
+    kept: dict[str, str] = {}
+    with pool.open(spec.image, writable=True) as image:
+        for each in expendable(image.snapshots(), replica_tag=replica_tag, keep=keep, pinned=pinned):
+            try:
+                image.remove_snapshot(each.name)
+                gone.append(each.name)
+            except SiphonError as error:
+                kept[each.name] = str(error)
+    return gone, kept

@@ -1,0 +1,233 @@
+"""The diff format of `rbd export-diff` and `rbd import-diff`, versions 1 and 2. Sans-IO.
+
+A stream is a banner, then records of a tag byte and a payload, all integers little-endian:
+
+    v1   f le32 n, name · t le32 n, name · s le64 · w le64 offset, le64 length, data
+         z le64 offset, le64 length · e
+    v2   the same with le64 L after every tag but e (unknown tags are skipped by it), and
+         p u8 (was the end snapshot protected?)
+
+(Ceph: doc/dev/rbd-diff.rst.) `Decoder` takes bytes in pieces of any size and gives events; data
+comes as it arrives and is never gathered whole. It has three outcomes: events, need more (an empty
+list), or FormatError. The functions below it return the bytes of one record.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from agent.errors import UsageError
+
+BANNER_V1 = b"rbd diff v1\n"
+BANNER_V2 = b"rbd diff v2\n"
+#: Longest snapshot name taken (librbd's names are far shorter), so that a damaged length allocates nothing.
+MAX_NAME = 4096
+
+
+class FormatError(UsageError):
+    """The stream is no diff, or a damaged one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Banner:
+    """The first line: which version follows."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class FromSnapshot:
+    """Name of the start point; absent for a diff from the beginning."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToSnapshot:
+    """Name of the end point; absent when that is the image's present content."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """Whether the end snapshot was protected (version 2)."""
+
+    protected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Size of the image at the end point, bytes."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A piece of changed data; a record may give several."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """A zeroed extent."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The stream is complete."""
+
+
+Event = Banner | FromSnapshot | ToSnapshot | Protected | Size | Data | Zero | End
+
+
+class Decoder:
+    """Turns the bytes of one diff into events."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._events: list[Event] = []
+        self._done = False
+        self._expected = "the banner"
+        self._position = 0
+        self._parser = self._parse()
+        next(self._parser)
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take the next bytes and return what they complete; FormatError on damage."""
+        self._buffer += data
+        if self._done and self._buffer:
+            raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self._position}")
+        self._parser.send(None)
+        events, self._events = self._events, []
+        return events
+
+    def end(self) -> None:
+        """Say that no more bytes come; FormatError if the diff is not complete."""
+        if not self._done:
+            raise FormatError(
+                f"the diff is truncated: it ends at byte {self._position + len(self._buffer)} within {self._expected}"
+            )
+
+    def _take(self, size: int, what: str) -> Generator[None, None, bytes]:
+        self._expected = what
+        while len(self._buffer) < size:
+            yield
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self._position += size
+        return taken
+
+    def _integer(self, size: int, what: str) -> Generator[None, None, int]:
+        return int.from_bytes((yield from self._take(size, what)), "little")
+
+    def _parse(self) -> Generator[None, None, None]:
+        yield
+        banner = yield from self._take(len(BANNER_V1), "the banner")
+        if banner not in (BANNER_V1, BANNER_V2):
+            raise FormatError(f"not an rbd diff: it begins with {banner!r}")
+        version = 1 if banner == BANNER_V1 else 2
+        self._events.append(Banner(version))
+        while (tag := (yield from self._take(1, "a record's tag"))) != b"e":
+            yield from self._record(tag, version)
+        self._events.append(End())
+        self._done = True
+        while True:
+            if self._buffer:
+                raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self._position}")
+            yield
+
+    def _record(self, tag: bytes, version: int) -> Generator[None, None, None]:
+        where = self._position - 1
+        length = (yield from self._integer(8, f"a {tag!r} record's length")) if version == 2 else None
+        if tag in b"ft":
+            name = yield from self._name(tag, where)
+            self._events.append(FromSnapshot(name) if tag == b"f" else ToSnapshot(name))
+        elif tag == b"s":
+            self._events.append(Size((yield from self._integer(8, "the size"))))
+        elif tag == b"w":
+            yield from self._data(length, where)
+        elif tag == b"z":
+            offset = yield from self._integer(8, "a zero record")
+            self._events.append(Zero(offset, (yield from self._integer(8, "a zero record"))))
+        elif tag == b"p" and version == 2:
+            # Ceph 16.2 says that eight bytes follow and writes one; 18.2 says one. One it is.
+            self._events.append(Protected((yield from self._integer(1, "the protection status")) != 0))
+        elif length is not None:
+            yield from self._skip(length, tag)
+        else:
+            raise FormatError(f"unknown record {tag!r} at byte {where}")
+
+    def _name(self, tag: bytes, where: int) -> Generator[None, None, str]:
+        size = yield from self._integer(4, "a snapshot's name")
+        if size > MAX_NAME:
+            raise FormatError(f"the {tag!r} record at byte {where} has a name of {size} bytes")
+        try:
+            return (yield from self._take(size, "a snapshot's name")).decode()
+        except UnicodeDecodeError as error:
+            raise FormatError(f"the name in the {tag!r} record at byte {where} is not UTF-8") from error
+
+    def _data(self, length: int | None, where: int) -> Generator[None, None, None]:
+        offset = yield from self._integer(8, "a data record")
+        left = yield from self._integer(8, "a data record")
+        if length is not None and length != left + 16:
+            raise FormatError(f"the data record at byte {where} gives two lengths: {length} and {left} + 16")
+        self._expected = f"the data record at byte {where} ({left} bytes)"
+        while left:
+            if not self._buffer:
+                yield
+                continue
+            piece = yield from self._take(min(left, len(self._buffer)), self._expected)
+            self._events.append(Data(offset, piece))
+            offset += len(piece)
+            left -= len(piece)
+
+    def _skip(self, length: int, tag: bytes) -> Generator[None, None, None]:
+        while length:
+            piece = min(length, len(self._buffer))
+            if piece:
+                yield from self._take(piece, f"a {tag!r} record")
+                length -= piece
+            else:
+                yield
+
+
+def from_snapshot(name: str) -> bytes:
+    """Return a v1 record that names the start point."""
+    return b"f" + _string(name)
+
+
+def to_snapshot(name: str) -> bytes:
+    """Return a v1 record that names the end point."""
+    return b"t" + _string(name)
+
+
+def size(value: int) -> bytes:
+    """Return a v1 record of the image's size at the end point."""
+    return struct.pack("<cQ", b"s", value)
+
+
+def data_header(offset: int, length: int) -> bytes:
+    """Return what precedes `length` bytes of changed data in a v1 diff."""
+    return struct.pack("<cQQ", b"w", offset, length)
+
+
+def zero(offset: int, length: int) -> bytes:
+    """Return a v1 record of a zeroed extent."""
+    return struct.pack("<cQQ", b"z", offset, length)
+
+
+END = b"e"
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<I", len(raw)) + raw

@@ -1,0 +1,245 @@
+"""Reaching the other site: the only module that imports asyncssh.
+
+The user's SSH configuration, agent and known hosts apply as with `ssh`. A host key that is not
+known is refused, with the line that would pin it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import asyncssh
+
+from agent.errors import LinkError, SiphonError, SiteError, UsageError
+from agent.spec import TargetSpec
+
+#: Unsent bytes above which writing waits, and below which it goes on.
+_HIGH, _LOW = 4 << 20, 1 << 20
+#: How much of the worker's diagnostics is kept to explain its end, bytes.
+_WORDS = 4096
+#: The cheapest cipher for asyncssh's and OpenSSH's processors alike; the rest of the defaults follow.
+_CIPHERS = "^aes128-gcm@openssh.com"
+
+
+@dataclass(frozen=True)
+class SshSettings:
+    """What overrides the user's SSH configuration; empty fields do not."""
+
+    port: int = 0
+    identity: str = ""
+    known_hosts: str = ""
+    config: str = ""
+
+
+class SshChannel:
+    """One SSH session that runs a worker; a `Channel` of agent/session.py."""
+
+    def __init__(self, channel: asyncssh.SSHClientChannel[bytes], say: Callable[[str], None]) -> None:
+        self.sent = 0
+        self._channel = channel
+        self._say = say
+        self._received: deque[bytes] = deque()
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._gone = False
+        self._words = bytearray()
+        self._status: int | None = None
+        self._why = ""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send bytes, without waiting."""
+        if self._gone:
+            return  # reading tells why
+        self.sent += len(data)
+        try:
+            self._channel.write(bytes(data) if isinstance(data, memoryview) else data)
+        except (asyncssh.Error, OSError) as error:
+            self.lost(str(error))
+
+    async def drain(self) -> None:
+        """Wait until more may be written."""
+        await self._room.wait()
+
+    async def receive(self) -> bytes:
+        """Return the next bytes, b"" once the other side is gone."""
+        while not self._received:
+            if self._gone:
+                return b""
+            self._news.clear()
+            await self._news.wait()
+        return self._received.popleft()
+
+    def verdict(self, *, greeted: bool) -> SiphonError:
+        """Tell why the other side is gone."""
+        words = self._words.decode(errors="replace").strip()
+        last = words.splitlines()[-1] if words else ""
+        if greeted or self._status is None:
+            return LinkError(f"the connection to the target site broke: {self._why or last or 'it was closed'}")
+        if self._status == 127 or "not found" in last:
+            return SiteError(
+                f"there is no rbd-siphon at the target: {last or 'command not found'}",
+                hint="install it there (pip install rbd-siphon, see the README), or name its path with --worker-command",
+            )
+        return SiteError(
+            f"the worker at the target ended at once, with status {self._status}: {last or 'it said nothing'}",
+            hint="try it by hand: ssh HOST rbd-siphon worker --help",
+        )
+
+    # Called by _Client, on the event loop.
+
+    def arrived(self, data: bytes, *, diagnostics: bool) -> None:
+        """Take what the worker sent."""
+        if diagnostics:
+            self._words += data
+            del self._words[:-_WORDS]
+            for line in data.decode(errors="replace").splitlines():
+                self._say(f"target: {line}")
+        else:
+            self._received.append(data)
+            self._news.set()
+
+    def ended(self, status: int) -> None:
+        """The remote command has ended."""
+        self._status = status
+
+    def lost(self, why: str) -> None:
+        """Nothing more comes."""
+        self._gone, self._why = True, self._why or why
+        self._news.set()
+        self._room.set()
+
+    def writable(self, *, free: bool) -> None:
+        """There is room to write, or none."""
+        if free or self._gone:
+            self._room.set()
+        else:
+            self._room.clear()
+
+
+class _Client(asyncssh.SSHClientSession[bytes]):
+    """Hands asyncssh's callbacks on to the channel."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.channel: SshChannel
+
+    def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
+        self.channel = SshChannel(chan, self._say)
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        self.channel.arrived(data, diagnostics=datatype == asyncssh.EXTENDED_DATA_STDERR)
+
+    def exit_status_received(self, status: int) -> None:
+        self.channel.ended(status)
+
+    def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
+        self.channel.lost(f"the worker was ended by signal {signal}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.channel.lost(str(exc) if exc else "")
+
+    def pause_writing(self) -> None:
+        self.channel.writable(free=False)
+
+    def resume_writing(self) -> None:
+        self.channel.writable(free=True)
+
+
+class _Known(asyncssh.SSHClient):
+    """Remembers a host key that is not known, for the message."""
+
+    def __init__(self) -> None:
+        self.unknown: tuple[str, int, asyncssh.SSHKey] | None = None
+
+    def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+        self.unknown = (host, port, key)
+        return False
+
+
+@asynccontextmanager
+async def worker_channel(
+    target: TargetSpec, settings: SshSettings, command: str, timeout: float, say: Callable[[str], None]
+) -> AsyncIterator[SshChannel]:
+    """Connect to the target's host, start `command` there and yield the channel to it."""
+    known = _Known()
+    say(f"ssh {target.user + '@' if target.user else ''}{target.host} {command}")
+    try:
+        async with asyncio.timeout(timeout):
+            connection, _ = await asyncssh.create_connection(lambda: known, target.host, **_options(target, settings, timeout))
+    except TimeoutError:
+        raise LinkError(f"{target.host} does not answer within {timeout:.0f} s") from None
+    except (asyncssh.Error, OSError, ValueError) as error:
+        raise _explained(error, target, known) from error
+    try:
+        try:
+            channel, client = await connection.create_session(lambda: _Client(say), command, encoding=None)
+        except (asyncssh.Error, OSError) as error:
+            raise LinkError(f"{target.host} does not open a session: {error}") from error
+        channel.set_write_buffer_limits(_HIGH, _LOW)
+        try:
+            yield client.channel
+        finally:
+            channel.close()
+    finally:
+        connection.close()
+        try:
+            async with asyncio.timeout(2):
+                await connection.wait_closed()
+        except TimeoutError:
+            connection.abort()
+
+
+def _options(target: TargetSpec, settings: SshSettings, timeout: float) -> dict[str, Any]:
+    options: dict[str, Any] = {"encryption_algs": _CIPHERS, "connect_timeout": timeout, "login_timeout": timeout}
+    if target.user:
+        options["username"] = target.user
+    if port := settings.port or target.port:
+        options["port"] = port
+    if settings.identity:
+        options["client_keys"] = [_readable(settings.identity)]
+    if settings.known_hosts:
+        options["known_hosts"] = _readable(settings.known_hosts)
+    if settings.config:
+        options["config"] = [_readable(settings.config)]
+    return options
+
+
+def _readable(path: str) -> str:
+    full = os.path.expanduser(path)
+    if not os.access(full, os.R_OK):
+        raise UsageError(f"{path} cannot be read")
+    return full
+
+
+def _explained(error: Exception, target: TargetSpec, known: _Known) -> SiphonError:
+    if isinstance(error, asyncssh.HostKeyNotVerifiable):
+        if known.unknown is None:
+            return SiteError(f"the host key of {target.host} was refused: {error}")
+        host, port, key = known.unknown
+        name = host if port == 22 else f"[{host}]:{port}"
+        line = key.export_public_key("openssh").decode().split()
+        return SiteError(
+            f"the host key of {target.host} is not known (fingerprint {key.get_fingerprint()})",
+            hint=f"if that is the fingerprint of the host, pin it: echo '{name} {line[0]} {line[1]}' >> ~/.ssh/known_hosts",
+        )
+    if isinstance(error, asyncssh.PermissionDenied):
+        return SiteError(
+            f"{target.host} refused our keys: {error.reason}",
+            hint="name a key with --identity, or add yours to the authorized_keys there",
+        )
+    if isinstance(error, asyncssh.KeyImportError | asyncssh.KeyEncryptionError | asyncssh.ConfigParseError | ValueError):
+        return UsageError(f"the SSH configuration cannot be used: {error}")
+    if isinstance(error, socket.gaierror):
+        return SiteError(f"the host {target.host} is not known: {error.strerror}", hint="check the name, and ~/.ssh/config")
+    if isinstance(error, asyncssh.ProtocolNotSupported | asyncssh.KeyExchangeFailed):
+        return SiteError(f"{target.host} and this host have no SSH protocol in common: {error}")
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return LinkError(f"{target.host} cannot be reached: {reason}", hint="is its SSH server up, and the port open? try: ssh HOST true")

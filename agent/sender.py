@@ -1,0 +1,63 @@
+"""Sending one step: pieces into frames, frames into segments, segments into checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent import messages as m
+from agent.cluster import Image
+from agent.model import Checkpoint, Step
+from agent.session import Session
+from agent.source import Tally, reading
+from agent.wire import DIGEST_MASK
+
+#: A segment is closed after so many bytes, frames or seconds: what a cut at worst repeats.
+_SEGMENT_BYTES = 8 << 20
+_SEGMENT_FRAMES = 4096
+_SEGMENT_SECONDS = 2.0
+
+
+async def send_step(session: Session, image: Image, step: Step, start: Checkpoint, tally: Tally) -> Checkpoint:
+    """Send what `step` changes from `start` on, and return the checkpoint that stands for all of it."""
+    sender = _Sender(session, start)
+    async with reading(image, step, start.until, tally) as pieces:
+        async for piece in pieces:
+            checksum = await session.send(sender.at.segments, piece.offset, piece.length, piece.data)
+            sender.sent(checksum, piece.offset + piece.length, 0 if piece.data is None else piece.length)
+    sender.close(step.end.size)
+    return sender.at
+
+
+class _Sender:
+    """Where a step stands: `at` is the checkpoint behind the last closed segment."""
+
+    def __init__(self, session: Session, start: Checkpoint) -> None:
+        self.at = start
+        self._session = session
+        self._open()
+
+    def _open(self) -> None:
+        self._frames = self._digest = self._bytes = 0
+        self._since = asyncio.get_running_loop().time()
+
+    def sent(self, checksum: int, until: int, weight: int) -> None:
+        """Account for a frame, and close the segment if it is due."""
+        self._frames += 1
+        self._digest = (self._digest + checksum) & DIGEST_MASK
+        self._bytes += weight
+        late = asyncio.get_running_loop().time() - self._since > _SEGMENT_SECONDS
+        if late or self._bytes >= _SEGMENT_BYTES or self._frames >= _SEGMENT_FRAMES:
+            self.close(until)
+
+    def close(self, until: int) -> None:
+        """Tell the worker what the segment holds, and go on to the next."""
+        total = (int(self.at.digest, 16) + self._digest) & DIGEST_MASK
+        self.at = Checkpoint(
+            until=until, segments=self.at.segments + 1, frames=self.at.frames + self._frames, digest=f"{total:032x}"
+        )
+        self._session.tell(
+            m.Checkpointed(
+                segment=self.at.segments - 1, frames=self._frames, digest=f"{self._digest:032x}", checkpoint=self.at
+            )
+        )
+        self._open()

@@ -1,0 +1,167 @@
+"""Reading a step at the source: what changed, walked in windows, read ahead within a bound.
+
+Two-step diff: the object map names the changed objects of a window at once, then an exact diff
+looks inside those objects alone (157 s become 1.5 s on a thin 10 TiB image). Without a valid object
+map the exact diff does it all. A first copy needs no second step: it reads the objects that exist
+and leaves zeros out. In an increment zeros are told, since the base may hold data there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from agent.budget import Budget
+from agent.cluster import Image, Pool
+from agent.errors import NotFoundError
+from agent.extents import Extents, pieces, runs
+from agent.model import ImageIdentity, ImageSpec, Snapshot, Source, Step
+from agent.threads import blocking
+
+#: How much of the image one diff looks at (bytes): bounds the extents held in memory.
+_WINDOW = 256 << 30
+#: How much an exact diff looks at, one round trip an object (bytes).
+_EXACT = 1 << 30
+#: Largest read (bytes); reads also end at multiples of it.
+_READ = 4 << 20
+#: Reads in flight or read and not yet taken: bytes and number.
+_AHEAD_BYTES = 48 << 20
+_AHEAD_READS = 128
+#: Data longer than this is searched for zeros in a thread (bytes).
+_INLINE = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of an extent: `data` is None for zeros."""
+
+    offset: int
+    length: int
+    data: memoryview | None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a reader has found so far: bytes that are known to be changed, and bytes read of them."""
+
+    known: int = 0
+    extents: int = 0
+    read: int = 0
+    walked: int = 0
+
+
+def observe(pool: Pool, spec: ImageSpec, fsid: str) -> Source:
+    """Return what the source holds now; NotFoundError if there is no such image (blocks)."""
+    with pool.open(spec.image) as image:
+        return Source(spec, ImageIdentity(fsid, image.id()), image.size(), image.snapshots())
+
+
+def require(pool: Pool, spec: ImageSpec, step: Step) -> None:
+    """See that a step's snapshots still exist, by identity; NotFoundError if one is gone (blocks).
+
+    What was read before is true only then: of a removed snapshot librbd returns other versions' data.
+    """
+    with pool.open(spec.image) as image:
+        there = image.snapshots()
+    for each in (step.base, step.end):
+        if each is not None and each not in there:
+            raise NotFoundError(f"snapshot {spec}@{each.name} (id {each.id}) was removed while it was being sent")
+
+
+def fast(image: Image, base: Snapshot | None, end: Snapshot | None) -> bool:
+    """Tell whether object maps can be trusted from `base` to `end`; leaves the image at `end` (blocks)."""
+    trusted = True
+    if base is not None:
+        image.at(base.id)
+        trusted = image.fast_diff()
+    image.at(end.id if end is not None else None)
+    return trusted and image.fast_diff()
+
+
+async def changed(image: Image, base: Snapshot | None, start: int, size: int, tally: Tally, *, trusted: bool) -> AsyncIterator[Extents]:
+    """Yield what changed since `base` in ascending order, a bounded number of extents at a time."""
+    name = base.name if base is not None else None
+    for window in range(start, size, _WINDOW):
+        span = min(_WINDOW, size - window)
+        if not trusted:
+            for at, length in pieces(window, span, _EXACT):
+                exact = await blocking(image.diff, at, length, name, whole_object=False)
+                tally.known += exact.bytes
+                tally.walked = at + length
+                yield exact
+            continue
+        objects = await blocking(image.diff, window, span, name, whole_object=True)
+        tally.known += objects.bytes
+        if base is None:
+            yield objects
+        else:
+            for offset, length, _ in objects:
+                for at, count in pieces(offset, length, _EXACT):
+                    exact = await blocking(image.diff, at, count, name, whole_object=False)
+                    tally.known += exact.bytes - count
+                    yield exact
+        tally.walked = window + span
+
+
+@asynccontextmanager
+async def reading(image: Image, step: Step, start: int, tally: Tally) -> AsyncIterator[AsyncIterator[Piece]]:
+    """Read what a step changes from `start` on: yields an iterator of pieces in ascending order.
+
+    The image must be open for reading and nobody else may use it meanwhile.
+    """
+    budget = Budget(_AHEAD_BYTES)
+    queue: asyncio.Queue[tuple[int, int, asyncio.Task[bytes] | None] | None] = asyncio.Queue(_AHEAD_READS)
+    started: set[asyncio.Task[bytes]] = set()
+
+    def forget(task: asyncio.Task[bytes]) -> None:
+        started.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever awaits it sees it; a read that nobody awaits any more may fail unseen
+
+    async def produce() -> None:
+        loop = asyncio.get_running_loop()
+        trusted = await blocking(fast, image, step.base, step.end)
+        async for extents in changed(image, step.base, start, step.end.size, tally, trusted=trusted):
+            tally.extents += len(extents)
+            for offset, length, exists in extents:
+                if not exists:
+                    if step.base is not None:
+                        await queue.put((offset, length, None))
+                    continue
+                for at, count in pieces(offset, length, _READ):
+                    await budget.take(count)
+                    task = loop.create_task(image.read(at, count))
+                    started.add(task)
+                    task.add_done_callback(forget)
+                    await queue.put((at, count, task))
+        await queue.put(None)
+
+    async def consume() -> AsyncIterator[Piece]:
+        while (item := await queue.get()) is not None:
+            offset, length, task = item
+            if task is None:
+                yield Piece(offset, length, None)
+                continue
+            data = await task
+            tally.read += length
+            found = runs(offset, data) if length <= _INLINE else await blocking(runs, offset, data)
+            view = memoryview(data)
+            for begin, end, holds in found:
+                if holds:
+                    yield Piece(offset + begin, end - begin, view[begin:end])
+                elif step.base is not None:
+                    yield Piece(offset + begin, end - begin, None)
+            budget.give(length)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            # The group ends the body if the producer fails, and the producer if the body does.
+            producer = group.create_task(produce())
+            yield consume()
+            producer.cancel()
+    finally:
+        # librbd's reads cannot be taken back: nobody may close the image before they are done.
+        while started:
+            await asyncio.wait(started)

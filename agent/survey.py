@@ -1,0 +1,135 @@
+"""Looking at a replica: lineage, origins, the mark, and whether its content is what it should be.
+
+Nothing here writes. Content is judged by comparing, not by flags: a diff tells where to look (an
+object that was rolled back still shows in it), then both versions are read and compared.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from agent.cluster import Image, Pool
+from agent.continuity import Standing, standing
+from agent.extents import Extents, pieces
+from agent.model import Guard, ImageIdentity, ImageSpec, Lineage, Mark, Origin, Replica, ReplicaSnapshot, Value
+from agent.names import LINEAGE_KEY, MARK_KEY, guard_object, origin_key
+from agent.threads import blocking
+
+#: Bytes compared at a time, and walked at a time where the whole image must be looked at.
+_PIECE = 4 << 20
+WINDOW = 256 << 30
+_HEADS: dict[Standing, Literal["resumable", "unsure", "touched"]] = {
+    Standing.RESUMABLE: "resumable",
+    Standing.UNSURE: "unsure",
+    Standing.TOUCHED: "touched",
+}
+
+
+class Footing(Value, frozen=True):
+    """What was true of an image before anybody of ours took it: `alive` says that the lock's owner was watching it."""
+
+    owner: str
+    alive: bool
+    guard: Guard | None
+    version: int
+
+    @property
+    def standing(self) -> Standing:
+        """Return what this says of an image in the middle of a step."""
+        return standing(self.owner, self.guard, self.version)
+
+
+def footing(pool: Pool, replica: Replica) -> Footing:
+    """Read who owns the image's lock, its guard and its header's version (blocks)."""
+    # The version first: whoever comes between makes it differ from the guard's.
+    version = pool.header_version(replica.image_id)
+    # librbd tells a lock's owner only to those who could own it; opening alone changes nothing.
+    with pool.open(replica.spec.image, writable=True) as image:
+        owner = image.lock_owner()
+        alive = owner in image.watchers()
+    return Footing(owner, alive, read_guard(pool, replica.image_id), version)
+
+
+def read_guard(pool: Pool, image_id: str) -> Guard | None:
+    """Return the guard of an image, None if there is none (blocks)."""
+    raw = pool.read_object(guard_object(image_id))
+    return None if raw is None else msgspec.json.decode(raw, type=Guard)
+
+
+def described(image: Image) -> Replica:
+    """Read everything but the content; `head` stays "foreign" (blocks)."""
+    metadata = image.metadata()
+    lineage, mark = metadata.get(LINEAGE_KEY), metadata.get(MARK_KEY)
+    snapshots = []
+    for each in image.snapshots():
+        origin = metadata.get(origin_key(each.id))
+        known = msgspec.json.decode(origin, type=Origin) if origin else None
+        snapshots.append(ReplicaSnapshot(each.id, each.name, each.size, known))
+    return Replica(
+        spec=image.spec,
+        image_id=image.id(),
+        size=image.size(),
+        lineage=msgspec.json.decode(lineage, type=Lineage) if lineage else None,
+        snapshots=tuple(snapshots),
+        head="foreign",
+        mark=msgspec.json.decode(mark, type=Mark) if mark else None,
+    )
+
+
+async def survey(pool: Pool, spec: ImageSpec, source: ImageIdentity) -> Replica | None:
+    """Return what the target holds under that name, None if nothing; NotFoundError for no such pool."""
+    if await blocking(pool.image_id, spec.image) is None:
+        return None
+    image = await blocking(pool.open, spec.image)
+    try:
+        replica = await blocking(described, image)
+        if replica.lineage is None or replica.lineage.source != source:
+            return replica
+        stand = (await blocking(footing, pool, replica)).standing if replica.mark else None
+        return await judged(pool, image, replica, stand)
+    finally:
+        await blocking(image.close)
+
+
+async def judged(pool: Pool, image: Image, replica: Replica, stand: Standing | None) -> Replica:
+    """Return `replica` with its head judged: by `stand` in the middle of a step, by its content otherwise."""
+    if replica.mark is not None and stand is not None:
+        return msgspec.structs.replace(replica, head=_HEADS[stand])
+    differs = await _differs(pool, image, replica)
+    return msgspec.structs.replace(replica, head="touched" if differs else "clean", differs=differs)
+
+
+async def _differs(pool: Pool, image: Image, replica: Replica) -> int:
+    """Return 0 if the present content equals the newest committed snapshot, else the bytes in changed extents."""
+    newest = max(replica.origins().values(), key=lambda each: each.id, default=None)
+    base = None
+    if newest is not None:
+        base = await blocking(pool.open, replica.spec.image, snapshot=newest.id)
+    name = newest.name if newest else None
+    try:
+        total, proven = 0, newest is not None and newest.size != replica.size
+        for start in range(0, replica.size, WINDOW):
+            span = min(WINDOW, replica.size - start)
+            changed = await blocking(image.diff, start, span, name, whole_object=True)
+            total += changed.bytes
+            if not proven:
+                proven = await _any_difference(image, base, changed)
+        return max(total, 1) if proven else 0
+    finally:
+        if base is not None:
+            await blocking(base.close)
+
+
+async def _any_difference(image: Image, base: Image | None, changed: Extents) -> bool:
+    """Compare the extents `changed` of the image with those of `base` (None: with zeros)."""
+    limit = 0 if base is None else await blocking(base.size)
+    for offset, length, _ in changed:
+        for at, size in pieces(offset, length, _PIECE):
+            now = await image.read(at, size)
+            there = max(0, min(size, limit - at))
+            before = await base.read(at, there) if base is not None and there else b""
+            if now != before.ljust(size, b"\0"):
+                return True
+    return False
