@@ -142,7 +142,7 @@ class Sync:
         return tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, SiphonError) and error.transient),
             stop=lambda _: self._account.fruitless >= self._request.attempts,
-            wait=tenacity.wait_exponential_jitter(_FIRST_WAIT, _LONGEST_WAIT),
+            wait=tenacity.wait_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT) + tenacity.wait_random(0, _FIRST_WAIT),
             before_sleep=self._tell_retry,
             reraise=True,
         )
@@ -343,7 +343,7 @@ class Sync:
         request = self._request
         spec = request.source.image
         peer = Peer(str(request.target), end, _now())
-        key = f"{PEER_PREFIX}{welcome.fsid}.{replica.image_id}"
+        key = f"{PEER_PREFIX}{tag(welcome.fsid, request.target.image)}"
         pinned = await blocking(_confirm, pool, spec, key, peer)
         if not request.snapshot_named:
             await self._prune(session, pool, replica, tag(welcome.fsid, request.target.image), pinned | {end.id})

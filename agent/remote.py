@@ -21,7 +21,7 @@ from agent.errors import LinkError, SiphonError, SiteError, UsageError
 from agent.spec import TargetSpec
 
 #: Unsent bytes above which writing waits, and below which it goes on.
-_HIGH, _LOW = 4 << 20, 1 << 20
+_HIGH, _LOW = 2 << 20, 512 << 10
 #: How much of the worker's diagnostics is kept to explain its end, bytes.
 _WORDS = 4096
 #: The cheapest cipher for asyncssh's and OpenSSH's processors alike; the rest of the defaults follow.

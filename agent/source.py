@@ -16,18 +16,19 @@ from dataclasses import dataclass
 from agent.budget import Budget
 from agent.cluster import Image, Pool
 from agent.errors import NotFoundError
-from agent.extents import Extents, pieces, runs
+from agent.extents import Extents, pieces
 from agent.model import ImageIdentity, ImageSpec, Snapshot, Source, Step
 from agent.threads import blocking
+from agent.zeros import runs
 
 #: How much of the image one diff looks at (bytes): bounds the extents held in memory.
 _WINDOW = 256 << 30
 #: How much an exact diff looks at, one round trip an object (bytes).
 _EXACT = 1 << 30
 #: Largest read (bytes); reads also end at multiples of it.
-_READ = 4 << 20
+_READ = 2 << 20
 #: Reads in flight or read and not yet taken: bytes and number.
-_AHEAD_BYTES = 48 << 20
+_AHEAD_BYTES = 24 << 20
 _AHEAD_READS = 128
 #: Data longer than this is searched for zeros in a thread (bytes).
 _INLINE = 64 << 10

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 from collections.abc import AsyncIterator
 
@@ -12,6 +14,7 @@ from agent.messages import Message, pack
 from agent.wire import Frame, Receiver, control, greeting
 
 _CHUNK = 256 << 10
+_PIPE = 1 << 20
 
 
 class Stdio:
@@ -28,6 +31,9 @@ class Stdio:
         self._backlog = bytearray()
         os.set_blocking(reading, False)
         os.set_blocking(writing, False)
+        # sshd gives a pipe of 64 KiB: a larger one lets it go on while we are busy.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, _PIPE)
 
     @property
     def peer_protocol(self) -> int:

@@ -109,7 +109,8 @@ class Receiver:
         self.peer_protocol = 0
         self._opening = bytearray()
         self._header = bytearray(_HEADER.size)
-        self._payload: bytearray | None = None
+        self._space = bytearray()
+        self._payload: memoryview | None = None
         self._fields: tuple[int, int, int, int, int, bytes] | None = None
         self._filled = 0
 
@@ -141,8 +142,8 @@ class Receiver:
 
     def buffer(self) -> memoryview:
         """Return where the next bytes belong."""
-        target = self._header if self._payload is None else self._payload
-        return memoryview(target)[self._filled :]
+        target = memoryview(self._header) if self._payload is None else self._payload
+        return target[self._filled :]
 
     def received(self, count: int) -> Frame | None:
         """Say that `count` bytes were put into `buffer`; return the frame if it is complete now."""
@@ -184,7 +185,9 @@ class Receiver:
         if size != (0 if kind == Kind.ZERO else length if kind == Kind.DATA else size):
             raise DataError(f"a frame's lengths do not agree: {size} and {length}")
         self._fields = (kind, tag, segment, offset, length, digest)
-        self._payload = bytearray(size)
+        if size > len(self._space):
+            self._space = bytearray(size)
+        self._payload = memoryview(self._space)[:size]
         self._filled = 0
 
     def _close(self) -> Frame:

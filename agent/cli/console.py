@@ -62,7 +62,7 @@ class People:
         self._verbose = verbose
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._last_line = 0.0
+        self._last_line = time.monotonic()
         self._trouble = ""
         self._rate = _Rate()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -28,10 +28,8 @@ from agent.cli.options import (
     WorkerCommand,
 )
 from agent.cli.running import Stopped, leave, run
-from agent.controller import Request, Sync
 from agent.errors import SiphonError, UsageError
 from agent.plan import Accept
-from agent.remote import SshChannel, SshSettings, worker_channel
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_target
 
@@ -69,6 +67,10 @@ def sync(
     worker_command: WorkerCommand = "rbd-siphon worker",
 ) -> None:
     """Make IMAGE's replica at the target, or bring it up to date."""
+    # Deferred: a worker is started for each run at the far end, and needs neither SSH nor the controller.
+    from agent.controller import Request, Sync
+    from agent.remote import SshSettings, worker_channel
+
     observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose)
     try:
         if rollback and recreate:
@@ -91,9 +93,10 @@ def sync(
         far = ClusterSettings(target_conf, target_cluster, target_id, target_keyring)
         command = " ".join([worker_command, shlex.join([*far.words(), "--timeout", f"{timeout:g}"])])
 
-        def connect() -> AbstractAsyncContextManager[SshChannel]:
-            return worker_channel(to_spec, ssh, command, timeout, lambda text: observer.emit(e.Decision(message=text)))
+        def decide(text: str) -> None:
+            observer.emit(e.Decision(message=text))
 
+        connect = partial(worker_channel, to_spec, ssh, command, timeout, decide)
         observer.emit(run(Sync(request, connect, observer).run()))
         code = 0
     except SiphonError as error:

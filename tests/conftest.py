@@ -1,0 +1,38 @@
+"""The lab's clusters for every test that needs them; `deploy/lab up` starts them if nobody has."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(PROJECT / "deploy"), str(PROJECT / "tests")]
+
+from lablib.lab import Lab  # noqa: E402  # found only after the path is set
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Both clusters and the SSH server, with this process's environment set as `deploy/lab env` says.
+
+    Snapshots wait for the monitor's next round, a second by default: that wait is shortened here.
+    """
+    from dataclasses import replace
+
+    lab = Lab.here()
+    # The worker at the far end must be the one under test, whichever environment that is in.
+    lab = replace(lab, venv=Path(sys.prefix))
+    lab.up()
+    lab.ssh.down()
+    lab.ssh.up(lab.far_environment)
+    for cluster in (lab.source, lab.target):
+        cluster.ceph("config", "set", "mon", "paxos_propose_interval", "0.05")
+    saved = dict(os.environ)
+    os.environ.update(lab.environment)
+    yield lab
+    os.environ.clear()
+    os.environ.update(saved)
