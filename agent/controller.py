@@ -238,7 +238,7 @@ class Sync:
         for number, step in enumerate(way, 1):
             await self._step(session, pool, source, step, (number, len(way)), discard=where.discard and number == 1)
             self._account.committed.append(step)
-            self._account.fruitless = 0
+            self._account.fruitless = 1  # the attempt at hand
         seen = await session.ask(m.Survey(image=request.target.image, source=source.identity), m.Seen) if way else m.Seen(replica)
         return seen.replica or replica
 
@@ -292,7 +292,7 @@ class Sync:
         def moved(checkpoint: Checkpoint) -> None:
             nonlocal durable
             durable = checkpoint.until
-            self._account.fruitless = 0
+            self._account.fruitless = 1  # the attempt at hand
 
         def tell() -> None:
             self._observer.emit(

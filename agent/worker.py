@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -191,6 +190,11 @@ class Worker:
         found = await blocking(footing, pool, seen)
         refuse_stranger(spec, found)
         stand = found.standing if seen.mark else None
+        if stand is not None:
+            self._say(
+                f"{spec} is in the middle of a step: {stand.value} (lock {found.owner or 'free'}, header {found.version}, "
+                f"guard {encode(found.guard) if found.guard else 'none'})"
+            )
         committing = seen.mark is not None and any(each.name == seen.mark.snapshot for each in seen.snapshots)
         if stand is Standing.TOUCHED and not discard and not committing:
             # Taking the lock would make it look as if the content were known.
@@ -272,9 +276,11 @@ async def run_worker(settings: ClusterSettings, reading: int, writing: int, time
     except SiphonError as error:
         return await _refuse_everything(stdio, error)
     code = 0
+    # Kept until the end: an image that is garbage is closed by librbd, and its lock given back.
+    worker = Worker(cluster, stdio, say)
     try:
         with ungrouped():
-            await Worker(cluster, stdio, say).serve()
+            await worker.serve()
     except SiphonError as error:
         say(f"worker ends: {error}")
         with contextlib.suppress(OSError):
@@ -297,7 +303,4 @@ async def _refuse_everything(stdio: Stdio, error: SiphonError) -> int:
 
 
 def _leave(code: int) -> None:
-    sys.stderr.flush()
     os._exit(code)
-
-

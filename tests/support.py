@@ -185,7 +185,7 @@ class Pair:
         ssh = SshSettings(config=str(config or self.lab.ssh.client_config))
 
         def connect() -> Any:
-            return worker_channel(target, ssh, f"{worker} --timeout {timeout:g}", timeout, run.words.append)
+            return worker_channel(target, ssh, f"{worker} --timeout {timeout:g}", timeout, run.say)
 
         run.result = await Sync(request, connect, run).run()
         return run
@@ -218,6 +218,12 @@ class Run:
 
     def emit(self, event: e.Event) -> None:
         self.events.append(event)
+        if not isinstance(event, e.Progress):
+            print(event)
+
+    def say(self, words: str) -> None:
+        self.words.append(words)
+        print(words)
 
     def of(self, kind: type[e.Event]) -> list[Any]:
         return [each for each in self.events if isinstance(each, kind)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -56,6 +57,7 @@ async def _supervised(work: Coroutine[object, object, T]) -> T:
 
 def leave(code: int) -> None:
     """End the process now, leaving what hangs behind."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it is gone
+            stream.flush()
     os._exit(code)

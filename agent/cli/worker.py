@@ -6,6 +6,7 @@ the target decides what runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -38,8 +39,14 @@ def worker(
     os.dup2(2, 1)
     settings = ClusterSettings(conf, cluster, user, keyring).completed(os.environ)
     try:
-        code = run(run_worker(settings, 0, writing, timeout, lambda text: print(text, file=sys.stderr, flush=True)))
+        code = run(run_worker(settings, 0, writing, timeout, _say))
     except Stopped as stopped:
         code = 128 + stopped.number
     # Threads inside librbd have no reason to outlive the conversation.
     leave(code)
+
+
+def _say(text: str) -> None:
+    # Once the connection is gone nobody listens, and that must not keep the worker from ending well.
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
