@@ -107,7 +107,9 @@ class Decoder:
         if self._done and self._buffer:
             raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self._position}")
         self._parser.send(None)
-        events, self._events = self._events, []
+        # Copied, not replaced: the parser may be in the middle of appending to this very list.
+        events = self._events.copy()
+        self._events.clear()
         return events
 
     def end(self) -> None:

@@ -189,15 +189,22 @@ class Writer:
             self._since_mark, self._marked_at = 0, asyncio.get_running_loop().time()
             await self._write_mark(msgspec.structs.replace(self._mark, checkpoint=self._ledger.checkpoint))
 
-    async def commit(self, total: Checkpoint, source: Origin) -> None:
-        """See that everything up to `total` is durable and right, then make the snapshot."""
+    async def commit(self, total: Checkpoint, source: Origin, patience: float) -> None:
+        """See that everything up to `total` is durable and right, then make the snapshot.
+
+        DataError if for `patience` seconds nothing arrives of what is still missing.
+        """
         ledger, mark = self._ledger, self._mark
         if ledger is None or mark is None or source.snapshot != mark.step.end:
             raise UsageError("a commit arrived outside its step")
         while not ledger.complete(total):
             self._check()
             self._moved.clear()
-            await self._moved.wait()
+            try:
+                async with asyncio.timeout(patience):
+                    await self._moved.wait()
+            except TimeoutError:
+                raise DataError(f"the step is not complete: {ledger.checkpoint} is here, {total} was sent") from None
         self._check()
         await self._image.flush()
         async with self._marking:
@@ -259,8 +266,7 @@ async def opened(holding: Holding, seen: Replica | None, stand: Standing | None)
     mark, lineage = replica.mark, replica.lineage
     if mark is not None and lineage is not None:
         end = Origin(lineage.source, mark.step.end, datetime.now(UTC).isoformat(timespec="seconds"))
-        done = mark.step.end.id in replica.origins()
-        if done or any(each.name == mark.snapshot for each in replica.snapshots):
+        if is_committed(replica, mark):
             await finish_commit(holding, mark, end)
             replica = await blocking(described, image)
     for each in replica.snapshots:
@@ -271,6 +277,11 @@ async def opened(holding: Holding, seen: Replica | None, stand: Standing | None)
         if key.startswith(ORIGIN_PREFIX) and key not in live:
             await blocking(image.remove_metadata, key)
     return await judged(holding.pool, image, await blocking(described, image), stand)
+
+
+def is_committed(replica: Replica, mark: Mark) -> bool:
+    """Tell whether the marked step's snapshot is made already, so that only the commit is left to finish."""
+    return mark.step.end.id in replica.origins() or any(each.name == mark.snapshot for each in replica.snapshots)
 
 
 async def finish_commit(holding: Holding, mark: Mark, origin: Origin) -> None:

@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from agent import messages as m
 from agent.cluster import COPIED_FEATURES, EXCLUSIVE_LOCK, Cluster, Pool, feature_names
 from agent.continuity import Standing
-from agent.errors import ConflictError, LinkError, NotFoundError, SiphonError, SiteError, UsageError, ungrouped
+from agent.errors import ConflictError, LinkError, LockedError, NotFoundError, SiphonError, SiteError, UsageError, ungrouped
 from agent.holding import refuse_stranger, take
 from agent.model import Checkpoint, Hand, ImageIdentity, ImageSpec, Replica, Shape, encode
 from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_name
-from agent.replica import Writer, opened
+from agent.replica import Writer, is_committed, opened
 from agent.settings import ClusterSettings
 from agent.stdio import Stdio
 from agent.survey import described, footing, survey
@@ -127,7 +127,7 @@ class Worker:
                 await blocking(self._refuse_full, self._held.replica.spec.pool)
                 return m.Begun(await self._held.begin(request.step, discard=request.discard))
             case m.Commit():
-                await self._held.commit(request.checkpoint, request.origin)
+                await self._held.commit(request.checkpoint, request.origin, self._stdio.timeout)
                 return m.Done()
             case m.Remove():
                 return m.Removed(*await self._held.remove(request.snapshots))
@@ -195,7 +195,7 @@ class Worker:
                 f"{spec} is in the middle of a step: {stand.value} (lock {found.owner or 'free'}, header {found.version}, "
                 f"guard {encode(found.guard) if found.guard else 'none'})"
             )
-        committing = seen.mark is not None and any(each.name == seen.mark.snapshot for each in seen.snapshots)
+        committing = seen.mark is not None and is_committed(seen, seen.mark)
         if stand is Standing.TOUCHED and not discard and not committing:
             # Taking the lock would make it look as if the content were known.
             return await survey(pool, spec, source)
@@ -213,7 +213,15 @@ class Worker:
             return
         if found != image_id:
             raise ConflictError(f"{spec} is another image by now (id {found}, not {image_id})", hint="run the same command again")
+        await blocking(self._refuse_used, pool, spec)
         await blocking(pool.trash, spec.image)
+
+    def _refuse_used(self, pool: Pool, spec: ImageSpec) -> None:
+        """LockedError if anybody has the image open: librbd moves it to the trash all the same."""
+        with pool.open(spec.image, writable=True) as image:
+            others = [each for each in image.watchers() if each != self._cluster.address]
+        if others:
+            raise LockedError(f"{spec} is in use by {', '.join(others)}", hint=f"stop it first; see: rbd status '{spec}'")
 
     async def _create(self, request: m.Create) -> m.Created:
         await self._close()
