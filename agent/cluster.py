@@ -115,7 +115,10 @@ class Cluster:
         self.conf = where
         try:
             self._rados = rados.Rados(
-                name=self.user, clustername=settings.cluster or "ceph", conffile=settings.conf or rados.Rados.DEFAULT_CONF_FILES, conf=options
+                name=self.user,
+                clustername=settings.cluster or "ceph",
+                conffile=settings.conf or rados.Rados.DEFAULT_CONF_FILES,
+                conf=options,
             )
         except rados.Error as error:
             raise UsageError(
@@ -125,13 +128,17 @@ class Cluster:
         try:
             self._rados.connect()
         except (rados.PermissionError, rados.PermissionDeniedError) as error:
-            raise SiteError(f"the cluster of {where} refused {self.user}", hint="check its key and keyring (--id, --keyring)") from error
+            raise SiteError(
+                f"the cluster of {where} refused {self.user}", hint="check its key and keyring (--id, --keyring)"
+            ) from error
         except rados.ObjectNotFound as error:
             raise UsageError(
                 f"no key for {self.user} was found (configuration {where})", hint="name the user and its keyring: --id, --keyring"
             ) from error
         except rados.TimedOut as error:
-            raise LinkError(f"no monitor of the cluster of {where} answers", hint="is the cluster up, and reachable from here?") from error
+            raise LinkError(
+                f"no monitor of the cluster of {where} answers", hint="is the cluster up, and reachable from here?"
+            ) from error
         except rados.Error as error:
             raise UsageError(
                 f"cannot connect to the cluster of {where} as {self.user}: {_plain(error)}",
@@ -151,7 +158,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """This client's RADOS address, by which locks and watches name it."""
+        """The client's RADOS address, by which locks and watches name it."""
         return str(self._rados.get_addrs())
 
     def trouble(self) -> tuple[str, ...]:
@@ -370,7 +377,7 @@ class Image:
         """Return what changed from the snapshot named `base` (None: from nothing) to what is open here."""
         found = Extents()
         with _explained(f"comparing {self.spec} with {base or 'nothing'}"):
-            self._image.diff_iterate(offset, length, base, found.add, True, whole_object)
+            self._image.diff_iterate(offset, length, base, found.add, include_parent=True, whole_object=whole_object)
         return found
 
     def metadata(self) -> dict[str, str]:
@@ -469,7 +476,7 @@ class Image:
 
     async def flush(self) -> None:
         """Wait until all completed writes are durable."""
-        await self._aio(f"flushing {self.spec}", lambda done: self._image.aio_flush(done))
+        await self._aio(f"flushing {self.spec}", self._image.aio_flush)
 
     def _aio(self, doing: str, start: Callable[[Callable[..., None]], object]) -> asyncio.Future[bytes | None]:
         """Start one asynchronous operation and return its future."""

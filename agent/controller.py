@@ -66,7 +66,7 @@ class Request:
 
     source: SourceSpec
     target: TargetSpec
-    cluster: ClusterSettings = ClusterSettings()
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     keep: int = 3
     intermediate: bool = False
     accept: Accept = Accept.NOTHING
@@ -180,7 +180,7 @@ class Sync:
         where = ground(source, replica, accept)
         if where.pending is not None and self._end is None and not request.snapshot_named:
             # Finish what an earlier run began; then take what changed since.
-            replica = await self._send(session, cluster, pool, source, replica, where, where.pending.end)
+            replica = await self._send(session, pool, source, replica, where, where.pending.end)
             if not await self._changed_since(pool, where.pending.end):
                 return await self._release(session, welcome, pool, replica, where.pending.end)
             where = Ground(base=where.pending.end)
@@ -189,7 +189,7 @@ class Sync:
         source = await blocking(observe, pool, spec, cluster.fsid)
         if self._end not in source.snapshots:
             raise NotFoundError(f"snapshot {spec}@{self._end.name} (id {self._end.id}) was removed while it was being sent")
-        replica = await self._send(session, cluster, pool, source, replica, where, self._end)
+        replica = await self._send(session, pool, source, replica, where, self._end)
         return await self._release(session, welcome, pool, replica, self._end)
 
     async def _choose_end(self, pool: Pool, source: Source, replica_tag: str) -> Snapshot:
@@ -205,7 +205,6 @@ class Sync:
     async def _send(
         self,
         session: Session,
-        cluster: Cluster,
         pool: Pool,
         source: Source,
         replica: Replica | None,
@@ -388,7 +387,9 @@ class Sync:
         removes = () if request.snapshot_named else self._would_remove(source, seen.replica, welcome, way)
         creates = [f"target: image {request.target.image}"] if where.create or where.recreate else []
         if way and not request.snapshot_named:
-            creates.append(f"source: snapshot {spec}@{snapshot_name(datetime.now(UTC), tag(welcome.fsid, request.target.image), 0)}")
+            creates.append(
+                f"source: snapshot {spec}@{snapshot_name(datetime.now(UTC), tag(welcome.fsid, request.target.image), 0)}"
+            )
         creates += [f"target: snapshot {request.target.image}@{each.end.name}" for each in way]
         if where.recreate and seen.replica is not None:
             removes = (f"target: image {seen.replica.spec} (to the trash)", *removes)
@@ -417,9 +418,7 @@ class Sync:
             await blocking(image.close)
         return tally
 
-    def _would_remove(
-        self, source: Source, replica: Replica | None, welcome: m.Welcome, way: tuple[Step, ...]
-    ) -> tuple[str, ...]:
+    def _would_remove(self, source: Source, replica: Replica | None, welcome: m.Welcome, way: tuple[Step, ...]) -> tuple[str, ...]:
         replica_tag = tag(welcome.fsid, self._request.target.image)
         keep = max(1, self._request.keep - len(way))  # the steps' own ends count among those kept
         copies = replica.origins().values() if replica is not None else ()
@@ -462,7 +461,7 @@ class Sync:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            self._observer.emit(e.Warning(message=message))
+            self._observer.emit(e.Warned(message=message))
 
     def _decide(self, message: str) -> None:
         self._observer.emit(e.Decision(message=message))
@@ -502,9 +501,7 @@ def _confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer) -> set[int]:
     return {msgspec.json.decode(value, type=Peer).snapshot.id for value in known}
 
 
-def _prune_source(
-    pool: Pool, spec: ImageSpec, replica_tag: str, keep: int, pinned: set[int]
-) -> tuple[list[str], dict[str, str]]:
+def _prune_source(pool: Pool, spec: ImageSpec, replica_tag: str, keep: int, pinned: set[int]) -> tuple[list[str], dict[str, str]]:
     gone: list[str] = []
     kept: dict[str, str] = {}
     with pool.open(spec.image, writable=True) as image:

@@ -58,7 +58,7 @@ class Retry(Event, frozen=True, tag="retry"):
     wait: float
 
 
-class Warning(Event, frozen=True, tag="warning"):
+class Warned(Event, frozen=True, tag="warning"):
     """Something the user should know; the run goes on."""
 
     message: str

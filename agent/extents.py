@@ -13,7 +13,7 @@ class Extents:
         self._numbers = array("Q")  # start, end, holds data
         self.bytes = 0
 
-    def add(self, offset: int, length: int, exists: bool) -> None:
+    def add(self, offset: int, length: int, exists: bool) -> None:  # noqa: FBT001  # librbd calls it so
         """Append an extent that lies behind all others; `exists` is False for one that holds zeros."""
         numbers = self._numbers
         self.bytes += length

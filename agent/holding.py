@@ -35,6 +35,10 @@ class Holding:
         self._guard = guard
         self._image_id = image.id()
 
+    async def confirm(self) -> None:
+        """Record that the lock is ours."""
+        await self._record(self._guard)
+
     async def trust(self) -> None:
         """Record that the content is proven from now on (it was rolled back)."""
         if not self._guard.trusted:
@@ -79,7 +83,7 @@ async def take(pool: Pool, spec: ImageSpec, found: Footing, me: Hand, *, trusted
         await blocking(_write, pool, image.id(), guard)
         await _lock(image, owner, me, say)
         holding = Holding(pool, image, msgspec.structs.replace(guard, state="holding", version=0))
-        await blocking(_write, pool, image.id(), holding._guard)
+        await holding.confirm()
     except BaseException:
         await blocking(image.close)
         raise

@@ -184,6 +184,7 @@ def pack(message: Message) -> bytes:
 def unpack(payload: bytes) -> Any:
     """Return the message; DataError if it is none that this version knows."""
     try:
-        return _DECODER.decode(payload)
+        message: Any = _DECODER.decode(payload)
     except msgspec.MsgspecError as error:
         raise DataError(f"a message arrived that cannot be read: {error}") from error
+    return message

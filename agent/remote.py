@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import asyncssh
@@ -140,7 +141,7 @@ class _Client(asyncssh.SSHClientSession[bytes]):
     def exit_status_received(self, status: int) -> None:
         self.channel.ended(status)
 
-    def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
+    def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:  # noqa: ARG002, FBT001  # asyncssh's
         self.channel.lost(f"the worker was ended by signal {signal}")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -159,7 +160,7 @@ class _Known(asyncssh.SSHClient):
     def __init__(self) -> None:
         self.unknown: tuple[str, int, asyncssh.SSHKey] | None = None
 
-    def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+    def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:  # noqa: ARG002  # asyncssh's
         self.unknown = (host, port, key)
         return False
 
@@ -180,7 +181,8 @@ async def worker_channel(
         raise _explained(error, target, known) from error
     try:
         try:
-            channel, client = await connection.create_session(lambda: _Client(say), command, encoding=None)
+            client = _Client(say)
+            channel, _ = await connection.create_session(lambda: client, command, encoding=None)
         except (asyncssh.Error, OSError) as error:
             raise LinkError(f"{target.host} does not open a session: {error}") from error
         channel.set_write_buffer_limits(_HIGH, _LOW)
@@ -213,10 +215,10 @@ def _options(target: TargetSpec, settings: SshSettings, timeout: float) -> dict[
 
 
 def _readable(path: str) -> str:
-    full = os.path.expanduser(path)
+    full = Path(path).expanduser()
     if not os.access(full, os.R_OK):
         raise UsageError(f"{path} cannot be read")
-    return full
+    return str(full)
 
 
 def _explained(error: Exception, target: TargetSpec, known: _Known) -> SiphonError:
@@ -242,4 +244,6 @@ def _explained(error: Exception, target: TargetSpec, known: _Known) -> SiphonErr
     if isinstance(error, asyncssh.ProtocolNotSupported | asyncssh.KeyExchangeFailed):
         return SiteError(f"{target.host} and this host have no SSH protocol in common: {error}")
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-    return LinkError(f"{target.host} cannot be reached: {reason}", hint="is its SSH server up, and the port open? try: ssh HOST true")
+    return LinkError(
+        f"{target.host} cannot be reached: {reason}", hint="is its SSH server up, and the port open? try: ssh HOST true"
+    )

@@ -87,7 +87,9 @@ class Writer:
         if (step.base is not None and base is None) or (step.base is None and newest is not None):
             raise ConflictError(f"{self.replica.spec} does not hold the base of the step {step}", hint="run the same command again")
         if base is not None and step.base is not None and base.size != step.base.size:
-            raise ConflictError(f"the base {base.name} of {self.replica.spec} has {base.size} bytes, the source's has {step.base.size}")
+            raise ConflictError(
+                f"the base {base.name} of {self.replica.spec} has {base.size} bytes, the source's has {step.base.size}"
+            )
         if self.replica.head == "touched" and not discard:
             raise ConflictError(f"{self.replica.spec} was changed by somebody else", hint="--rollback gives those changes up")
         at_base = self.replica.head == "clean" and base == newest

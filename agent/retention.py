@@ -8,9 +8,7 @@ from agent.model import Snapshot
 from agent.names import is_own
 
 
-def expendable(
-    snapshots: Iterable[Snapshot], *, replica_tag: str, keep: int, pinned: Collection[int]
-) -> tuple[Snapshot, ...]:
+def expendable(snapshots: Iterable[Snapshot], *, replica_tag: str, keep: int, pinned: Collection[int]) -> tuple[Snapshot, ...]:
     """Return the snapshots to remove, oldest first.
 
     Candidates are those that the agent took for the replica of `replica_tag`; the newest `keep`

@@ -56,8 +56,6 @@ class _Sender:
             until=until, segments=self.at.segments + 1, frames=self.at.frames + self._frames, digest=f"{total:032x}"
         )
         self._session.tell(
-            m.Checkpointed(
-                segment=self.at.segments - 1, frames=self._frames, digest=f"{self._digest:032x}", checkpoint=self.at
-            )
+            m.Checkpointed(segment=self.at.segments - 1, frames=self._frames, digest=f"{self._digest:032x}", checkpoint=self.at)
         )
         self._open()

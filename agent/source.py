@@ -81,7 +81,9 @@ def fast(image: Image, base: Snapshot | None, end: Snapshot | None) -> bool:
     return trusted and image.fast_diff()
 
 
-async def changed(image: Image, base: Snapshot | None, start: int, size: int, tally: Tally, *, trusted: bool) -> AsyncIterator[Extents]:
+async def changed(
+    image: Image, base: Snapshot | None, start: int, size: int, tally: Tally, *, trusted: bool
+) -> AsyncIterator[Extents]:
     """Yield what changed since `base` in ascending order, a bounded number of extents at a time."""
     name = base.name if base is not None else None
     for window in range(start, size, _WINDOW):
@@ -112,57 +114,71 @@ async def reading(image: Image, step: Step, start: int, tally: Tally) -> AsyncIt
 
     The image must be open for reading and nobody else may use it meanwhile.
     """
-    budget = Budget(_AHEAD_BYTES)
-    queue: asyncio.Queue[tuple[int, int, asyncio.Task[bytes] | None] | None] = asyncio.Queue(_AHEAD_READS)
-    started: set[asyncio.Task[bytes]] = set()
+    reader = _Reader(image, step, tally)
+    try:
+        async with asyncio.TaskGroup() as group:
+            # The group ends the body if the producer fails, and the producer if the body does.
+            producer = group.create_task(reader.produce(start))
+            yield reader.consume()
+            producer.cancel()
+    finally:
+        await reader.settle()
 
-    def forget(task: asyncio.Task[bytes]) -> None:
-        started.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever awaits it sees it; a read that nobody awaits any more may fail unseen
 
-    async def produce() -> None:
-        loop = asyncio.get_running_loop()
-        trusted = await blocking(fast, image, step.base, step.end)
-        async for extents in changed(image, step.base, start, step.end.size, tally, trusted=trusted):
-            tally.extents += len(extents)
+class _Reader:
+    """Reads ahead: `produce` starts reads as the budget allows, `consume` takes them in order."""
+
+    def __init__(self, image: Image, step: Step, tally: Tally) -> None:
+        self._image = image
+        self._step = step
+        self._tally = tally
+        self._budget = Budget(_AHEAD_BYTES)
+        self._queue: asyncio.Queue[tuple[int, int, asyncio.Task[bytes] | None] | None] = asyncio.Queue(_AHEAD_READS)
+        self._started: set[asyncio.Task[bytes]] = set()
+
+    async def produce(self, start: int) -> None:
+        step = self._step
+        trusted = await blocking(fast, self._image, step.base, step.end)
+        async for extents in changed(self._image, step.base, start, step.end.size, self._tally, trusted=trusted):
+            self._tally.extents += len(extents)
             for offset, length, exists in extents:
-                if not exists:
-                    if step.base is not None:
-                        await queue.put((offset, length, None))
-                    continue
-                for at, count in pieces(offset, length, _READ):
-                    await budget.take(count)
-                    task = loop.create_task(image.read(at, count))
-                    started.add(task)
-                    task.add_done_callback(forget)
-                    await queue.put((at, count, task))
-        await queue.put(None)
+                if exists:
+                    await self._read(offset, length)
+                elif step.base is not None:
+                    await self._queue.put((offset, length, None))
+        await self._queue.put(None)
 
-    async def consume() -> AsyncIterator[Piece]:
-        while (item := await queue.get()) is not None:
+    async def _read(self, offset: int, length: int) -> None:
+        for at, count in pieces(offset, length, _READ):
+            await self._budget.take(count)
+            task = asyncio.get_running_loop().create_task(self._image.read(at, count))
+            self._started.add(task)
+            task.add_done_callback(self._forget)
+            await self._queue.put((at, count, task))
+
+    async def consume(self) -> AsyncIterator[Piece]:
+        while (item := await self._queue.get()) is not None:
             offset, length, task = item
             if task is None:
                 yield Piece(offset, length, None)
                 continue
             data = await task
-            tally.read += length
+            self._tally.read += length
             found = runs(offset, data) if length <= _INLINE else await blocking(runs, offset, data)
             view = memoryview(data)
             for begin, end, holds in found:
                 if holds:
                     yield Piece(offset + begin, end - begin, view[begin:end])
-                elif step.base is not None:
+                elif self._step.base is not None:
                     yield Piece(offset + begin, end - begin, None)
-            budget.give(length)
+            self._budget.give(length)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            # The group ends the body if the producer fails, and the producer if the body does.
-            producer = group.create_task(produce())
-            yield consume()
-            producer.cancel()
-    finally:
-        # librbd's reads cannot be taken back: nobody may close the image before they are done.
-        while started:
-            await asyncio.wait(started)
+    async def settle(self) -> None:
+        """Wait for reads under way: they cannot be taken back, and nobody may close the image before."""
+        while self._started:
+            await asyncio.wait(self._started)
+
+    def _forget(self, task: asyncio.Task[bytes]) -> None:
+        self._started.discard(task)
+        if not task.cancelled():
+            task.exception()  # who awaits it sees it; a read that nobody awaits any more may fail unseen

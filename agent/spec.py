@@ -72,11 +72,15 @@ def _place(place: str, text: str, source: ImageSpec) -> ImageSpec:
     if not place:
         return source
     if "@" in place:
-        raise UsageError(f"{text!r} names a snapshot on the target", hint="a snapshot is named at the source only: pool/image@snapshot")
+        raise UsageError(
+            f"{text!r} names a snapshot on the target", hint="a snapshot is named at the source only: pool/image@snapshot"
+        )
     opened = place.endswith("/")
     parts = place.removesuffix("/").split("/")
     if not all(parts) or len(parts) > 3 - opened:
-        raise UsageError(f"{place!r} is not a place for an image", hint="write pool, pool/image, pool/namespace/ or pool/namespace/image")
+        raise UsageError(
+            f"{place!r} is not a place for an image", hint="write pool, pool/image, pool/namespace/ or pool/namespace/image"
+        )
     if opened or len(parts) == 1:
         parts.append(source.image)
     return _image(parts)

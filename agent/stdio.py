@@ -69,9 +69,9 @@ class Stdio:
                 if self._receiver.partial:
                     raise LinkError("the connection ended within a frame")
                 return
-            frame = self._receiver.received(count)
-            if frame is not None:
-                yield frame
+            complete = self._receiver.received(count)
+            if complete is not None:
+                yield complete
                 await asyncio.sleep(0)  # a stream that never pauses must not starve the writes
 
     async def _read_some(self) -> bytes:

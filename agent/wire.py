@@ -191,7 +191,8 @@ class Receiver:
         self._filled = 0
 
     def _close(self) -> Frame:
-        assert self._payload is not None and self._fields is not None
+        assert self._payload is not None
+        assert self._fields is not None
         kind, tag, segment, offset, length, digest = self._fields
         payload = bytes(self._payload)
         self._payload, self._fields, self._filled = None, None, 0

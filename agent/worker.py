@@ -164,7 +164,9 @@ class Worker:
 
     def _refuse_full(self, pool: str) -> None:
         if self._cluster.full(pool):
-            raise SiteError(f"the target's pool {pool!r} is full", hint="make room or raise its quota, then run the same command again")
+            raise SiteError(
+                f"the target's pool {pool!r} is full", hint="make room or raise its quota, then run the same command again"
+            )
 
     def _me(self) -> Hand:
         return Hand(

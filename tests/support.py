@@ -19,9 +19,6 @@ from typing import Any
 
 import rados
 import rbd
-from lablib.ceph import Cluster as LabCluster
-from lablib.lab import Lab
-from lablib.relay import Relay
 
 from agent import events as e
 from agent.controller import Request, Sync
@@ -29,6 +26,9 @@ from agent.plan import Accept
 from agent.remote import SshSettings, worker_channel
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_target
+from lablib.ceph import Cluster as LabCluster
+from lablib.lab import Lab
+from lablib.relay import Relay
 
 MIB = 1 << 20
 SIPHON = str(Path(sys.prefix) / "bin" / "rbd-siphon")
@@ -215,6 +215,11 @@ class Run:
         self.events: list[e.Event] = []
         self.words: list[str] = []
         self.result: e.Result
+
+    @property
+    def end(self) -> str:
+        assert self.result.end is not None
+        return self.result.end
 
     def emit(self, event: e.Event) -> None:
         self.events.append(event)

@@ -45,6 +45,7 @@ class JsonLines:
         self._verbose = verbose
 
     def emit(self, event: e.Event) -> None:
+        """Write the event's line."""
         if isinstance(event, e.Decision) and not self._verbose:
             return
         self._out.write(msgspec.json.encode(event).decode() + "\n")
@@ -67,6 +68,7 @@ class People:
         self._rate = _Rate()
 
     def emit(self, event: e.Event) -> None:
+        """Show the event, or not."""
         match event:
             case e.Progress():
                 self._progress(event)
@@ -75,7 +77,7 @@ class People:
             case e.Retry():
                 self._trouble = event.error.splitlines()[0]
                 self._line(f"attempt {event.attempt} failed: {self._trouble}; the next one in {event.wait:.1f} s")
-            case e.Warning():
+            case e.Warned():
                 self._line(f"warning: {event.message}", always=True)
             case e.Decision() if self._verbose:
                 self._line(f"+ {event.message}")

@@ -10,7 +10,9 @@ _CLUSTER = "Cluster"
 _TARGET = "Target cluster"
 _SSH = "SSH"
 
-Conf = Annotated[str, typer.Option("--conf", "-c", help="Ceph configuration (default: CEPH_CONF, /etc/ceph).", rich_help_panel=_CLUSTER)]
+Conf = Annotated[
+    str, typer.Option("--conf", "-c", help="Ceph configuration (default: CEPH_CONF, /etc/ceph).", rich_help_panel=_CLUSTER)
+]
 Name = Annotated[str, typer.Option("--cluster", help="Cluster name.", rich_help_panel=_CLUSTER)]
 Id = Annotated[str, typer.Option("--id", help="Ceph user, without 'client.'.", rich_help_panel=_CLUSTER)]
 Keyring = Annotated[str, typer.Option("--keyring", help="Keyring of that user.", rich_help_panel=_CLUSTER)]
@@ -26,7 +28,11 @@ KnownHosts = Annotated[str, typer.Option("--known-hosts", help="File of known ho
 SshConfig = Annotated[
     str,
     typer.Option(
-        "--ssh-config", "-F", envvar="RBD_SIPHON_SSH_CONFIG", help="SSH configuration (default: ~/.ssh/config).", rich_help_panel=_SSH
+        "--ssh-config",
+        "-F",
+        envvar="RBD_SIPHON_SSH_CONFIG",
+        help="SSH configuration (default: ~/.ssh/config).",
+        rich_help_panel=_SSH,
     ),
 ]
 WorkerCommand = Annotated[

@@ -16,7 +16,7 @@ T = TypeVar("T")
 GRACE = 4.0
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  # a signal is no error
     """A signal ended the run; `number` is which."""
 
     def __init__(self, number: int) -> None:

@@ -35,18 +35,32 @@ from agent.spec import parse_source, parse_target
 
 
 def sync(
-    source: Annotated[str, typer.Argument(help="POOL/[NAMESPACE/]IMAGE[@SNAPSHOT]; without @SNAPSHOT one is taken now.")],
-    target: Annotated[str, typer.Argument(help="[USER@]HOST[:PORT]:[POOL[/NAMESPACE][/IMAGE]]; what is left out is as at the source.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="pool/image or pool/namespace/image, or a snapshot of it: …@snapshot (else one is taken now)."
+        ),
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="user@host:port:pool/namespace/image; all but host: may be left out and is then as at the source.",
+        ),
+    ],
     keep: Annotated[int, typer.Option(min=1, help="How many of the agent's own snapshots stay on either side.")] = 3,
     intermediate: Annotated[bool, typer.Option("--intermediate", help="Carry the snapshots between base and end too.")] = False,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Give up what was changed at the target since the last common snapshot.")
     ] = False,
     recreate: Annotated[
-        bool, typer.Option("--recreate", help="Move an image that is no replica, or has no base, to the target's trash and copy anew.")
+        bool,
+        typer.Option("--recreate", help="Move an image that is no replica, or has no base, to the target's trash and copy anew."),
     ] = False,
     data_pool: Annotated[str, typer.Option(help="Data pool of a replica that is created.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Tell what would be done; nothing is written on either side.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="Tell what would be done; nothing is written on either side.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every remote command and decision.")] = False,
@@ -74,7 +88,9 @@ def sync(
     observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose)
     try:
         if rollback and recreate:
-            raise UsageError("--rollback and --recreate exclude each other", hint="--rollback keeps the replica, --recreate does not")
+            raise UsageError(
+                "--rollback and --recreate exclude each other", hint="--rollback keeps the replica, --recreate does not"
+            )
         from_spec = parse_source(source)
         to_spec = parse_target(target, from_spec.image)
         request = Request(

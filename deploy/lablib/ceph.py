@@ -6,7 +6,6 @@ It runs without systemd, listens on loopback only, keeps cephx on and never read
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import time
 import uuid
@@ -205,7 +204,7 @@ class Cluster:
         run(["ceph-authtool", "--create-keyring", str(ring)])
         for user, caps in users.items():
             run(["ceph-authtool", str(ring), "--gen-key", "-n", user, *caps])
-        os.chmod(ring, 0o600)
+        ring.chmod(0o600)
 
     def _mkfs(self, fsid: str, port: int) -> None:
         conf = ["-c", str(self.conf)]

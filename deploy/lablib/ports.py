@@ -11,7 +11,7 @@ LOOPBACK = "127.0.0.1"
 def free(count: int) -> int:
     """Return the first of `count` consecutive ports that nothing listens on."""
     for _ in range(200):
-        first = random.randrange(20_000, 30_000 - count)
+        first = random.randrange(20_000, 30_000 - count)  # noqa: S311  # not a secret
         if all(_is_free(port) for port in range(first, first + count)):
             return first
     raise OSError("no free ports between 20000 and 30000")

@@ -83,9 +83,7 @@ class Relay:
                 each.close()
             self._writers.discard(each)
 
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event, *, counted: bool
-    ) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event, *, counted: bool) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=1024)
         sender = asyncio.create_task(self._send(queue, writer))
         loop = asyncio.get_running_loop()

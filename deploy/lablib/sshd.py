@@ -6,7 +6,6 @@ configuration, and with the project's virtual environment first on its PATH.
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import time
@@ -116,10 +115,8 @@ class Server:
         self.authorized_keys.write_text(self.public_key + "\n")
         host_key = (self.home / "host_key.pub").read_text().split()
         (self.home / "known_hosts").write_text(f"[{ports.LOOPBACK}]:{self.port} {host_key[0]} {host_key[1]}\n")
-        self.client_config.write_text(
-            CLIENT.format(host=self.host, ip=ports.LOOPBACK, port=self.port, home=self.home)
-        )
-        os.chmod(self.home / "user_key", 0o600)
+        self.client_config.write_text(CLIENT.format(host=self.host, ip=ports.LOOPBACK, port=self.port, home=self.home))
+        (self.home / "user_key").chmod(0o600)
 
     def _wait(self, timeout: float = 10) -> None:
         deadline = time.monotonic() + timeout

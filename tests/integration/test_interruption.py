@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from support import MIB, Pair, Run, fill, kill_workers, worker_pids
 
 from agent import events as e
 from agent.controller import Request, Sync
 from agent.errors import ConflictError, DataError, LinkError, LockedError, SiphonError
 from agent.plan import Accept
+from support import MIB, Pair, Run, fill, kill_workers, worker_pids
 
 #: A link slow enough that an interruption meets a step in the middle: 24 MiB take three seconds.
 SLOW = 8e6
@@ -40,7 +40,7 @@ async def interrupted(pair: Pair, name: str, after: int, snapshot: str = "", **o
 async def gone(seconds: float = 8.0) -> None:
     """Wait until no worker is left."""
     async with asyncio.timeout(seconds):
-        while worker_pids():
+        while worker_pids():  # noqa: ASYNC110  # the end of other processes is no event of this loop
             await asyncio.sleep(0.05)
 
 
@@ -139,7 +139,8 @@ def test_a_second_run_sends_only_the_rest(pair: Pair) -> None:
 
     run = asyncio.run(go())
     assert run.result.state == "committed"
-    assert run.result.resumed_from is not None and run.result.resumed_from >= 8 * MIB
+    assert run.result.resumed_from is not None
+    assert run.result.resumed_from >= 8 * MIB
     assert run.result.bytes_sent <= 24 * MIB - run.result.resumed_from + 64 * 1024
     assert pair.same(name) == [run.result.end]
 
@@ -168,7 +169,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_lock(pair: Pair) -> None:
 
     asyncio.run(go())
     assert pair.target.lock_owner(name) == ""
-    assert not [each for each in pair.target.snapshots(name)]
+    assert not list(pair.target.snapshots(name))
 
 
 def test_a_killed_worker_is_fenced_and_the_run_goes_on_within_five_seconds(pair: Pair) -> None:
@@ -180,7 +181,7 @@ def test_a_killed_worker_is_fenced_and_the_run_goes_on_within_five_seconds(pair:
             await asyncio.sleep(2.0)
             assert kill_workers() == 1
             killed = time.monotonic()
-            while len(worker_pids()) == 0:
+            while len(worker_pids()) == 0:  # noqa: ASYNC110  # as above
                 await asyncio.sleep(0.05)
             run = await task
             resumed = next(each for each in run.of(e.Progress) if each.attempt == 2 and each.done > 0)

@@ -8,7 +8,6 @@ import subprocess
 from typing import Any
 
 import pytest
-from support import MIB, Pair, fill, unique
 
 from agent import diff
 from agent.cluster import Cluster
@@ -16,6 +15,7 @@ from agent.diff import Data, Decoder, Event, FromSnapshot, Size, ToSnapshot, Zer
 from agent.model import Snapshot, Step
 from agent.settings import ClusterSettings
 from agent.source import Tally, reading
+from support import MIB, Pair, fill, unique
 
 
 def exported(pair: Pair, *words: str) -> bytes:
@@ -70,7 +70,9 @@ def test_what_rbd_exports_is_what_the_codec_reads(pair: Pair, seed: int) -> None
         assert content == image.read(0, 20 * MIB)
 
 
-@pytest.mark.parametrize("shape", [{}, {"order": 22}, {"features": 1}, {"stripe_unit": 64 << 10, "stripe_count": 3, "features": 63}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"order": 22}, {"features": 1}, {"stripe_unit": 64 << 10, "stripe_count": 3, "features": 63}]
+)
 def test_what_we_read_is_what_rbd_imports(pair: Pair, shape: dict[str, int]) -> None:
     name = history(pair, 9, **shape)
     known = snapshots(pair, name)

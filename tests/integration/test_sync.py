@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import rbd
-from support import MIB, Pair, fill, unique
 
 from agent.errors import ConflictError, NotFoundError
+from support import MIB, Pair, fill, unique
 
 
 def test_a_first_copy_is_the_source_byte_for_byte(pair: Pair) -> None:
@@ -145,7 +145,7 @@ def test_journaling_is_left_out_with_a_warning(pair: Pair) -> None:
     pair.same(name)
     with pair.target.image(name) as image:
         assert not image.features() & rbd.RBD_FEATURE_JOURNALING
-    assert any("journaling" in each.message for each in run.of(e.Warning))
+    assert any("journaling" in each.message for each in run.of(e.Warned))
 
 
 @pytest.mark.parametrize("features", [1, 5], ids=["layering only", "no object map"])

@@ -23,7 +23,9 @@ def test_pieces_cover_an_extent_and_end_at_multiples(offset: int, length: int, u
     assert sum(size for _, size in cut) == length
     at = offset
     for start, size in cut:
-        assert start == at and 0 < size <= unit and start // unit == (start + size - 1) // unit
+        assert start == at
+        assert 0 < size <= unit
+        assert start // unit == (start + size - 1) // unit
         at += size
 
 

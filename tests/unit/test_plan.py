@@ -116,6 +116,7 @@ def test_a_conflict_shows_both_sides() -> None:
     with pytest.raises(ConflictError) as refused:
         ground(source(S1, S2), replica(S1, head="touched"), Accept.NOTHING)
     text = str(refused.value)
-    assert "source  vms/web" in text and "s1, s2" in text
+    assert "source  vms/web" in text
+    assert "s1, s2" in text
     assert "target  dr/web" in text
     assert "last common snapshot: s1" in text

@@ -52,7 +52,20 @@ def test_a_target_is_a_host_and_a_place(text: str, host: str, user: str, port: i
 
 
 @pytest.mark.parametrize(
-    "text", ["", "dr", "vms/web", ":vms", "root@:vms", "-oProxyCommand=x:vms", "dr:a/b/c/d", "dr:a//b", "dr:a/b/c/", "dr:a/b@s", "dr:99999:p/i"]
+    "text",
+    [
+        "",
+        "dr",
+        "vms/web",
+        ":vms",
+        "root@:vms",
+        "-oProxyCommand=x:vms",
+        "dr:a/b/c/d",
+        "dr:a//b",
+        "dr:a/b/c/",
+        "dr:a/b@s",
+        "dr:99999:p/i",
+    ],
 )
 def test_what_is_no_target_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as refused:
