@@ -424,12 +424,10 @@ def test_a_damaged_frame_is_found_and_the_step_repeated(pair: Pair, monkeypatch:
         sent += 1
         if sent != 5:
             return await original(self, segment, offset, length, data)
-        write = self._channel.write
-        self._channel.write = lambda piece: write(bytes(piece[:-1]) + b"?" if len(piece) > 48 else piece)  # type: ignore[method-assign]
-        try:
+        with monkeypatch.context() as patched:
+            write = self._channel.write
+            patched.setattr(self._channel, "write", lambda piece: write(bytes(piece[:-1]) + b"?" if len(piece) > 48 else piece))
             return await original(self, segment, offset, length, data)
-        finally:
-            self._channel.write = write  # type: ignore[method-assign]
 
     monkeypatch.setattr(Session, "send", damaging)
     run = pair.sync_now(name)

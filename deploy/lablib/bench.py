@@ -1,0 +1,213 @@
+"""rbd-siphon and the stock pipeline side by side: rounds by turns in one run, ratios, memory.
+
+Ratios are the figures to keep: seconds move with the machine. Every case compares the replica's
+bytes with the source's afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from .ceph import Cluster
+from .demo import MIB, compare, ext4_image, patch
+from .lab import Lab
+from .say import LabError, note, run, step
+
+TIB = 1 << 40
+
+
+@dataclass
+class Case:
+    """Seconds of each round on both sides, and the largest resident memory seen, bytes."""
+
+    name: str
+    ours: list[float] = field(default_factory=list)
+    stock: list[float] = field(default_factory=list)
+    controller: int = 0
+    worker: int = 0
+    verdict: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as the stock pipeline, median of the rounds' ratios."""
+        pairs = [theirs / ours for ours, theirs in zip(self.ours, self.stock, strict=False)]
+        return statistics.median(pairs) if pairs else None
+
+
+def run_bench(lab: Lab, rounds: int, *, quick: bool) -> int:
+    """Run the cases, print the table and write `bench.json`; return 1 if a replica differed."""
+    for cluster in (lab.source, lab.target):
+        # The tests shorten this to save time; figures are taken with Ceph's default.
+        cluster.ceph("config", "rm", "mon", "paxos_propose_interval")
+    rounds = 1 if quick else rounds
+    cases = [_first_copy(lab, rounds)]
+    cases += [_increment(lab, rounds)]
+    cases += [_thin(lab, (1 if quick else 10) * TIB, 20 if quick else 500, stock=not quick)]
+    _print(cases)
+    out = lab.home / "bench.json"
+    about = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.platform(), "cores": os.cpu_count()}
+    about["ceph"] = run(["rbd", "--version"]).split()[2]
+    rows = [{**asdict(case), "ratio": case.ratio} for case in cases]
+    out.write_text(json.dumps({**about, "cases": rows}, indent=1))
+    note(f"written to {out}")
+    return 1 if any("DIFFERENT" in case.verdict for case in cases) else 0
+
+
+def _first_copy(lab: Lab, rounds: int) -> Case:
+    case = Case("first copy, ext4 image, loopback")
+    step(case.name)
+    image = "vms/bench"
+    _drop(lab.source, image)
+    lab.source.rbd("import", str(ext4_image(lab)), image)
+    lab.source.rbd("snap", "create", f"{image}@a")
+    for _ in range(rounds):
+        for side in ("ours", "stock"):
+            replica = f"vms-dr/bench-{side}"
+            _drop(lab.target, replica)
+            if side == "ours":
+                case.ours.append(_timed(lambda: _ours(lab, case, f"{image}@a", "vms-dr/bench-ours")))
+            else:
+                lab.target.rbd("create", "--size", "2G", replica)
+                case.stock.append(_timed(lambda: _stock(lab, f"{image}@a", "", "vms-dr/bench-stock")))
+        note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
+    case.verdict = compare(lab, image, "vms-dr/bench-ours")
+    return case
+
+
+def _increment(lab: Lab, rounds: int) -> Case:
+    case = Case("increment of 256 random 4 KiB writes")
+    step(case.name)
+    image = "vms/bench"
+    before = "a"
+    for number in range(rounds):
+        patch(lab, image, [(((7919 * at + number * 97) % 500_000) * 4096, os.urandom(4096)) for at in range(256)])
+        now = f"i{number}"
+        lab.source.rbd("snap", "create", f"{image}@{now}")
+        case.ours.append(_timed(partial(_ours, lab, case, f"{image}@{now}", "vms-dr/bench-ours")))
+        case.stock.append(_timed(partial(_stock, lab, f"{image}@{now}", before, "vms-dr/bench-stock")))
+        note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
+        before = now
+    case.verdict = compare(lab, image, "vms-dr/bench-ours")
+    return case
+
+
+def _thin(lab: Lab, size: int, changes: int, *, stock: bool) -> Case:
+    case = Case(f"thin {size // TIB} TiB image, {changes} changes")
+    step(case.name)
+    image, replica = "vms/thin", "vms-dr/thin-ours"
+    _drop(lab.source, image)
+    _drop(lab.target, replica)
+    lab.source.rbd("create", "--size", f"{size // TIB}T", image)
+    stride = size // changes // MIB * MIB
+    patch(lab, image, [(at * stride, os.urandom(4096)) for at in range(changes)])
+    lab.source.rbd("snap", "create", f"{image}@a")
+    _ours(lab, case, f"{image}@a", replica)
+    patch(lab, image, [(at * stride + 8 * MIB, os.urandom(4096)) for at in range(changes)])
+    lab.source.rbd("snap", "create", f"{image}@b")
+    case.ours.append(_timed(lambda: _ours(lab, case, f"{image}@b", replica)))
+    if stock:
+        note(f"rbd-siphon {case.ours[-1]:.2f} s; now rbd export-diff alone")
+        command = f"rbd export-diff --no-progress --from-snap a {image}@b /dev/null"
+        case.stock.append(_timed(lambda: _shell(lab, command)))
+    # Ten tebibytes cannot be exported: what is allocated is compared instead.
+    mine, theirs = (json.loads(cluster.rbd("diff", "--whole-object", f"{spec}@b", "--format", "json")) for cluster, spec in
+                    ((lab.source, image), (lab.target, replica)))  # fmt: skip
+    case.verdict = f"equal, {len(mine)} objects" if mine == theirs else "DIFFERENT objects"
+    return case
+
+
+def _ours(lab: Lab, case: Case, source: str, replica: str) -> None:
+    command = [str(lab.venv / "bin" / "rbd-siphon"), "sync", source, f"dr-site:{replica}", "--json"]
+    with subprocess.Popen(command, env={**os.environ, **lab.environment}, stdout=subprocess.PIPE, text=True) as running:
+        over = threading.Event()
+        watch = threading.Thread(target=_watch, args=(lab, case, running.pid, over))
+        watch.start()
+        assert running.stdout is not None
+        last = running.stdout.read().splitlines()[-1]
+        over.set()
+        watch.join()
+    if json.loads(last)["type"] != "result":
+        raise LabError(f"the sync failed: {last}")
+
+
+def _watch(lab: Lab, case: Case, pid: int, over: threading.Event) -> None:
+    """Keep the largest resident memory of the controller and of its worker."""
+    worker = 0
+    while not over.wait(0.05):
+        worker = worker or _worker(lab)
+        case.controller = max(case.controller, _peak(pid))
+        case.worker = max(case.worker, _peak(worker))
+
+
+def _worker(lab: Lab) -> int:
+    program = str(lab.venv / "bin" / "rbd-siphon")
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if program in words and "worker" in words:
+                    return int(entry.name)
+    return 0
+
+
+def _peak(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def _stock(lab: Lab, source: str, base: str, replica: str) -> None:
+    since = f"--from-snap {shlex.quote(base)} " if base else ""
+    ssh = f"ssh -F {shlex.quote(str(lab.ssh.client_config))} dr-site"
+    _shell(lab, f"rbd export-diff --no-progress {since}{source} - | {ssh} rbd import-diff --no-progress - {replica}")
+
+
+def _shell(lab: Lab, command: str) -> None:
+    run(["bash", "-o", "pipefail", "-c", command], env=lab.environment, timeout=600)
+
+
+def _timed(work: Callable[[], None]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def _drop(cluster: Cluster, image: str) -> None:
+    pool, name = image.split("/")
+    if name in cluster.rbd("ls", pool).split():
+        cluster.rbd("snap", "purge", image)
+        cluster.rbd("rm", image)
+
+
+def _print(cases: list[Case]) -> None:
+    print()
+    print("| case | rbd-siphon, s | stock rbd, s | ratio | controller, MB | worker, MB | replica |")
+    print("|---|---|---|---|---|---|---|")
+    for case in cases:
+        ours, stock = (_median(values) for values in (case.ours, case.stock))
+        ratio = f"{case.ratio:.2f}×" if case.ratio else "–"
+        print(
+            f"| {case.name} | {ours} | {stock} | {ratio} | {case.controller / 1e6:.0f} | {case.worker / 1e6:.0f} | {case.verdict} |"
+        )
+    print()
+
+
+def _median(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
