@@ -20,7 +20,7 @@ import tenacity
 from agent import events as e
 from agent import messages as m
 from agent.cluster import Cluster, Pool
-from agent.errors import NotFoundError, SiphonError
+from agent.errors import DataError, NotFoundError, SiphonError
 from agent.model import (
     Checkpoint,
     ImageSpec,
@@ -235,11 +235,10 @@ class Sync:
         if self._account.base is None and not self._account.committed:
             self._account.base = where.base.name if where.base else None
         for number, step in enumerate(way, 1):
-            await self._step(session, pool, source, step, (number, len(way)), discard=where.discard and number == 1)
+            replica = await self._step(session, pool, source, step, (number, len(way)), discard=where.discard and number == 1)
             self._account.committed.append(step)
             self._account.fruitless = 1  # the attempt at hand
-        seen = await session.ask(m.Survey(image=request.target.image, source=source.identity), m.Seen) if way else m.Seen(replica)
-        return seen.replica or replica
+        return replica
 
     async def _create(self, session: Session, pool: Pool, source: Source, end: Snapshot) -> Replica:
         shape, metadata = await blocking(_layout, pool, source.spec, end)
@@ -260,7 +259,7 @@ class Sync:
 
     async def _step(
         self, session: Session, pool: Pool, source: Source, step: Step, place: tuple[int, int], *, discard: bool
-    ) -> None:
+    ) -> Replica:
         begun = await session.ask(m.Begin(step=step, discard=discard), m.Begun)
         self._taken = None  # the target knows of it: from now on the snapshot belongs to an unfinished step
         start = begun.checkpoint
@@ -276,10 +275,13 @@ class Sync:
                 # What was read is the snapshot's content only if the snapshot is still there.
                 await blocking(require, pool, source.spec, step)
                 origin = Origin(source.identity, step.end, _now())
-                await session.ask(m.Commit(checkpoint=total, origin=origin), m.Done)
+                seen = await session.ask(m.Commit(checkpoint=total, origin=origin), m.Seen)
         finally:
             self._account.read += tally.read
             await blocking(image.close)
+        if seen.replica is None:
+            raise DataError("the worker committed a step and then had no replica")
+        return seen.replica
 
     @asynccontextmanager
     async def _progress(

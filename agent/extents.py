@@ -5,6 +5,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
+#: How many objects one diff looks at: bounds the extents held in memory (6 MiB at the very worst).
+_WINDOW_OBJECTS = 512 << 10
+
 
 class Extents:
     """Extents in ascending order, neighbours of one kind joined, 24 bytes each."""
@@ -30,6 +33,11 @@ class Extents:
 
     def __len__(self) -> int:
         return len(self._numbers) // 3
+
+
+def windows(start: int, size: int, order: int) -> Iterator[tuple[int, int]]:
+    """Cut an image of objects of 2**`order` bytes, from `start` on, into what one diff may look at."""
+    return pieces(start, size - start, _WINDOW_OBJECTS << order)
 
 
 def pieces(offset: int, length: int, unit: int) -> Iterator[tuple[int, int]]:

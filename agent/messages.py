@@ -112,7 +112,7 @@ class Durable(Message, frozen=True):
 
 
 class Commit(Message, frozen=True):
-    """Everything was sent: compare with this total and make the snapshot. Answered by `Done`."""
+    """Everything was sent: compare with this total and make the snapshot. Answered by `Seen`."""
 
     checkpoint: Checkpoint
     origin: Origin

@@ -23,6 +23,8 @@ from agent.spec import TargetSpec
 
 #: Unsent bytes above which writing waits, and below which it goes on.
 _HIGH, _LOW = 2 << 20, 512 << 10
+#: The largest packet that OpenSSH takes, bytes.
+_PACKET = 32 << 10
 #: How much of the worker's diagnostics is kept to explain its end, bytes.
 _WORDS = 4096
 #: The cheapest cipher for asyncssh's and OpenSSH's processors alike; the rest of the defaults follow.
@@ -60,8 +62,11 @@ class SshChannel:
         if self._gone:
             return  # reading tells why
         self.sent += len(data)
+        view = memoryview(data)
         try:
-            self._channel.write(bytes(data) if isinstance(data, memoryview) else data)
+            # One packet at a time: asyncssh copies each several times, which is cheap while it fits the cache.
+            for at in range(0, len(view), _PACKET):
+                self._channel.write(view[at : at + _PACKET])
         except (asyncssh.Error, OSError) as error:
             self.lost(str(error))
 

@@ -17,6 +17,9 @@ from agent.errors import DataError, LinkError, SiphonError, SiteError, rebuilt, 
 from agent.model import Checkpoint
 from agent.wire import PROTOCOL, Frame, Kind, Receiver, control, greeting, header
 
+#: A payload up to this many bytes travels in one packet with its header.
+_JOINED = 16 << 10
+
 T = TypeVar("T", bound=m.Message)
 
 
@@ -85,8 +88,11 @@ class Session:
             self._channel.write(head)
         else:
             head, checksum = header(Kind.DATA, self._number, segment, offset, data)
-            self._channel.write(head)
-            self._channel.write(data)
+            if length <= _JOINED:
+                self._channel.write(head + data)
+            else:
+                self._channel.write(head)
+                self._channel.write(data)
         await self._channel.drain()
         return checksum
 

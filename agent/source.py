@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from agent.budget import Budget
 from agent.cluster import Image, Pool
 from agent.errors import NotFoundError
-from agent.extents import Extents, pieces
+from agent.extents import Extents, pieces, windows
 from agent.model import ImageIdentity, ImageSpec, Snapshot, Source, Step
 from agent.threads import blocking
 from agent.zeros import runs
 
-#: How much of the image one diff looks at (bytes): bounds the extents held in memory.
-_WINDOW = 256 << 30
 #: How much an exact diff looks at, one round trip an object (bytes).
 _EXACT = 1 << 30
 #: Largest read (bytes); reads also end at multiples of it.
@@ -86,8 +84,7 @@ async def changed(
 ) -> AsyncIterator[Extents]:
     """Yield what changed since `base` in ascending order, a bounded number of extents at a time."""
     name = base.name if base is not None else None
-    for window in range(start, size, _WINDOW):
-        span = min(_WINDOW, size - window)
+    for window, span in windows(start, size, (await blocking(image.shape)).order):
         if not trusted:
             for at, length in pieces(window, span, _EXACT):
                 exact = await blocking(image.diff, at, length, name, whole_object=False)

@@ -12,14 +12,13 @@ import msgspec
 
 from agent.cluster import Image, Pool
 from agent.continuity import Standing, standing
-from agent.extents import Extents, pieces
+from agent.extents import Extents, pieces, windows
 from agent.model import Guard, ImageIdentity, ImageSpec, Lineage, Mark, Origin, Replica, ReplicaSnapshot, Value
 from agent.names import LINEAGE_KEY, MARK_KEY, guard_object, origin_key
 from agent.threads import blocking
 
-#: Bytes compared at a time, and walked at a time where the whole image must be looked at.
+#: Bytes compared at a time.
 _PIECE = 4 << 20
-WINDOW = 256 << 30
 _HEADS: dict[Standing, Literal["resumable", "unsure", "touched"]] = {
     Standing.RESUMABLE: "resumable",
     Standing.UNSURE: "unsure",
@@ -110,8 +109,7 @@ async def _differs(pool: Pool, image: Image, replica: Replica) -> int:
     name = newest.name if newest else None
     try:
         total, proven = 0, newest is not None and newest.size != replica.size
-        for start in range(0, replica.size, WINDOW):
-            span = min(WINDOW, replica.size - start)
+        for start, span in windows(0, replica.size, (await blocking(image.shape)).order):
             changed = await blocking(image.diff, start, span, name, whole_object=True)
             total += changed.bytes
             if not proven:

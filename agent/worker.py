@@ -128,7 +128,7 @@ class Worker:
                 return m.Begun(await self._held.begin(request.step, discard=request.discard))
             case m.Commit():
                 await self._held.commit(request.checkpoint, request.origin, self._stdio.timeout)
-                return m.Done()
+                return m.Seen(self._held.replica)
             case m.Remove():
                 return m.Removed(*await self._held.remove(request.snapshots))
             case m.Close():
