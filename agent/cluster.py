@@ -207,10 +207,10 @@ class Pool:
         """Return the whole name of an image here."""
         return ImageSpec(pool=self.name, image=image, namespace=self.namespace)
 
-    def has(self, image: str) -> bool:
-        """Tell whether an image of that name is here."""
+    def images(self) -> list[str]:
+        """Return the names of the images here."""
         with _explained(f"listing the images of {self.name}"):
-            return image in rbd.RBD().list(self._ioctx)
+            return list(rbd.RBD().list(self._ioctx))
 
     def image_id(self, image: str) -> str | None:
         """Return the id of the image of that name, None if there is none."""
@@ -445,9 +445,13 @@ class Image:
             self._image.lock_release()
 
     def lock_owner(self) -> str:
-        """Return the RADOS address of the exclusive lock's owner, "" if nobody owns it."""
+        """Return the RADOS address of the exclusive lock's owner, "" if nobody owned it when the image was opened."""
         with _explained(f"looking for the lock of {self.spec}"):
-            return next((str(each["owner"]) for each in self._image.lock_get_owners()), "")
+            found = self._image.list_lockers()
+        # librbd lists locks that people took by hand (rbd lock add) in the same place, under their own tags.
+        if not found or found["tag"] != "internal":
+            return ""
+        return next((str(address) for _, _, address in found["lockers"]), "")
 
     def break_lock(self, owner: str) -> None:
         """Take the lock from `owner` and fence it: the cluster refuses its writes from now on."""

@@ -44,10 +44,11 @@ def standing(owner: str, guard: Guard | None, version: int) -> Standing:
     """
     if guard is None or (owner and hand_of(owner, guard) is None):
         return Standing.TOUCHED
-    if not guard.trusted:
-        return Standing.UNSURE
-    if owner or (guard.version and guard.version == version):
-        return Standing.RESUMABLE
-    if guard.state in ("taking", "releasing"):
-        return Standing.UNSURE
-    return Standing.TOUCHED
+    if owner:
+        return Standing.RESUMABLE if guard.trusted else Standing.UNSURE
+    if guard.version:
+        # The last holder let go in good order, and this is what the header was then.
+        if guard.version != version:
+            return Standing.TOUCHED
+        return Standing.RESUMABLE if guard.trusted else Standing.UNSURE
+    return Standing.UNSURE if guard.state in ("taking", "releasing") else Standing.TOUCHED

@@ -20,7 +20,7 @@ import tenacity
 from agent import events as e
 from agent import messages as m
 from agent.cluster import Cluster, Pool
-from agent.errors import DataError, NotFoundError, SiphonError
+from agent.errors import ConflictError, DataError, NotFoundError, SiphonError
 from agent.model import (
     Checkpoint,
     ImageSpec,
@@ -32,6 +32,7 @@ from agent.model import (
     Source,
     Step,
     Value,
+    decode,
     encode,
 )
 from agent.names import METADATA_PREFIX, PEER_PREFIX, is_own, snapshot_name, tag
@@ -93,7 +94,15 @@ class _Account:
     resumed_from: int | None = None
     base: str | None = None
     removed: list[str] = field(default_factory=list)
+    farthest: tuple[Step, int] | None = None
     started: float = field(default_factory=monotonic)
+
+    def reached(self, step: Step, checkpoint: Checkpoint) -> bool:
+        """Note how far a step came; tell whether no attempt came that far before."""
+        further = self.farthest is None or self.farthest[0] != step or self.farthest[1] < checkpoint.until
+        if further:
+            self.farthest = (step, checkpoint.until)
+        return further
 
     @property
     def sent(self) -> int:
@@ -214,6 +223,11 @@ class Sync:
         """Carry the replica from `where` to `end`, and return what it holds then."""
         request = self._request
         way = steps(source, replica, where, end, intermediate=request.intermediate)
+        if where.discard and not way:
+            raise ConflictError(
+                f"{request.target.image} already has {end.name}, and rolling back is part of the next step",
+                hint="the same command without @snapshot rolls back and goes on from there",
+            )
         creates = (str(request.target.image),) if where.create or where.recreate else ()
         if way:
             self._observer.emit(
@@ -293,7 +307,8 @@ class Sync:
         def moved(checkpoint: Checkpoint) -> None:
             nonlocal durable
             durable = checkpoint.until
-            self._account.fruitless = 1  # the attempt at hand
+            if self._account.reached(step, checkpoint):
+                self._account.fruitless = 1  # the attempt at hand
 
         def tell() -> None:
             self._observer.emit(
@@ -500,7 +515,7 @@ def _confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer) -> set[int]:
     with pool.open(spec.image, writable=True) as image:
         image.set_metadata(key, encode(peer))
         known = [value for name, value in image.metadata().items() if name.startswith(PEER_PREFIX)]
-    return {msgspec.json.decode(value, type=Peer).snapshot.id for value in known}
+    return {decode(value, Peer, f"the metadata of {spec}").snapshot.id for value in known}
 
 
 def _prune_source(pool: Pool, spec: ImageSpec, replica_tag: str, keep: int, pinned: set[int]) -> tuple[list[str], dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
-#: How many objects one diff looks at: bounds the extents held in memory (6 MiB at the very worst).
+#: How many sets of objects one diff looks at: bounds the extents held in memory (6 MiB at the very worst, unstriped).
 _WINDOW_OBJECTS = 512 << 10
 
 
@@ -35,9 +35,14 @@ class Extents:
         return len(self._numbers) // 3
 
 
-def windows(start: int, size: int, order: int) -> Iterator[tuple[int, int]]:
-    """Cut an image of objects of 2**`order` bytes, from `start` on, into what one diff may look at."""
-    return pieces(start, size - start, _WINDOW_OBJECTS << order)
+def windows(start: int, size: int, period: int) -> Iterator[tuple[int, int]]:
+    """Cut an image, from the multiple of `period` at or before `start`, into what one diff may look at.
+
+    `period` is what a set of objects holds, bytes: object size times stripe count. Some releases of librbd
+    answer wrongly for offsets that are no multiple of it (Ceph trackers 53784, 53885).
+    """
+    first = start // period * period
+    return pieces(first, size - first, period * _WINDOW_OBJECTS)
 
 
 def pieces(offset: int, length: int, unit: int) -> Iterator[tuple[int, int]]:

@@ -6,9 +6,11 @@ is compared in a test. Sizes and offsets are bytes; times are UTC in ISO 8601.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
+
+from agent.errors import ConflictError
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=False, omit_defaults=True):
@@ -131,6 +133,11 @@ class Shape(Value, frozen=True):
     stripe_unit: int = 0
     stripe_count: int = 0
 
+    @property
+    def period(self) -> int:
+        """Return how many bytes a set of objects holds: where a diff may be cut."""
+        return max(1, self.stripe_count) << self.order
+
 
 class ReplicaSnapshot(Value, frozen=True):
     """A snapshot on the target; `origin` is None where the agent did not make it."""
@@ -188,3 +195,17 @@ class Source(Value, frozen=True):
 def encode(value: Value) -> str:
     """Return `value` as one line of JSON."""
     return msgspec.json.encode(value).decode()
+
+
+V = TypeVar("V", bound=Value)
+
+
+def decode(text: str | bytes, kind: type[V], where: str) -> V:
+    """Return the value that `encode` wrote; ConflictError, naming `where` it lies, if it cannot be read."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ConflictError(
+            f"what the agent left in {where} cannot be read ({error})",
+            hint="was it written by a later version of rbd-siphon, or by hand?",
+        ) from error

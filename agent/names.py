@@ -49,9 +49,9 @@ def is_committing(name: str) -> bool:
     return _PARTIAL.fullmatch(name) is not None
 
 
-def creating_name(replica: str, image_id: str) -> str:
-    """Name a replica until it carries its lineage; the same for every attempt at this replica."""
-    return "siphon-creating-" + hashlib.blake2s(f"{replica}/{image_id}".encode()).hexdigest()[:16]
+def creating_prefix(replica: str, image_id: str) -> str:
+    """Return how a replica's name begins until it carries its lineage; the same for every attempt at this replica."""
+    return "siphon-creating-" + hashlib.blake2s(f"{replica}/{image_id}".encode()).hexdigest()[:16] + "-"
 
 
 def origin_key(snapshot_id: int) -> str:

@@ -187,7 +187,8 @@ async def worker_channel(
     try:
         try:
             client = _Client(say)
-            channel, _ = await connection.create_session(lambda: client, command, encoding=None)
+            async with asyncio.timeout(timeout):
+                channel, _ = await connection.create_session(lambda: client, command, encoding=None)
         except (asyncssh.Error, OSError) as error:
             raise LinkError(f"{target.host} does not open a session: {error}") from error
         channel.set_write_buffer_limits(_HIGH, _LOW)
@@ -244,7 +245,7 @@ def _explained(error: Exception, target: TargetSpec, known: _Known) -> SiphonErr
         )
     if isinstance(error, asyncssh.KeyImportError | asyncssh.KeyEncryptionError | asyncssh.ConfigParseError | ValueError):
         return UsageError(f"the SSH configuration cannot be used: {error}")
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
         return SiteError(f"the host {target.host} is not known: {error.strerror}", hint="check the name, and ~/.ssh/config")
     if isinstance(error, asyncssh.ProtocolNotSupported | asyncssh.KeyExchangeFailed):
         return SiteError(f"{target.host} and this host have no SSH protocol in common: {error}")

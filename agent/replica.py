@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import msgspec
@@ -69,12 +70,12 @@ class Writer:
         if self._ledger is not None:
             raise UsageError("a step is already under way on this replica")
         mark = self._mark
-        if mark is None or mark.step != step or not mark.ready or self.replica.head != "resumable":
-            mark = await self._prepare(step, discard=discard)
-        if await blocking(self._image.size) != step.end.size:
-            await blocking(self._image.resize, step.end.size)
+        with self._hanging():
+            if mark is None or mark.step != step or not mark.ready or self.replica.head != "resumable":
+                mark = await self._prepare(step, discard=discard)
+            if await blocking(self._image.size) != step.end.size:
+                await blocking(self._image.resize, step.end.size)
         self._ledger = Ledger(mark.checkpoint)
-        self._failed = None
         self._moved.set()
         self._marked_at = asyncio.get_running_loop().time()
         return mark.checkpoint
@@ -189,7 +190,10 @@ class Writer:
             if self._ledger is None or self._mark is None or self._ledger.checkpoint == self._mark.checkpoint:
                 return
             self._since_mark, self._marked_at = 0, asyncio.get_running_loop().time()
-            await self._write_mark(msgspec.structs.replace(self._mark, checkpoint=self._ledger.checkpoint))
+            checkpoint = self._ledger.checkpoint
+            # An image's own settings (conf_rbd_cache) may have turned a cache on that we turned off.
+            await self._image.flush()
+            await self._write_mark(msgspec.structs.replace(self._mark, checkpoint=checkpoint))
 
     async def commit(self, total: Checkpoint, source: Origin, patience: float) -> None:
         """See that everything up to `total` is durable and right, then make the snapshot.
@@ -208,12 +212,13 @@ class Writer:
             except TimeoutError:
                 raise DataError(f"the step is not complete: {ledger.checkpoint} is here, {total} was sent") from None
         self._check()
-        await self._image.flush()
-        async with self._marking:
-            await blocking(self._image.take_snapshot, mark.snapshot)
-            self._ledger = None
-            await finish_commit(self._holding, mark, source)
-            self._mark = None
+        with self._hanging():
+            await self._image.flush()
+            async with self._marking:
+                await blocking(self._image.take_snapshot, mark.snapshot)
+                self._ledger = None
+                await finish_commit(self._holding, mark, source)
+                self._mark = None
         self.replica = msgspec.structs.replace(await blocking(described, self._image), head="clean")
 
     async def remove(self, snapshots: tuple[int, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -230,9 +235,12 @@ class Writer:
                 kept[name] = "it is the last common snapshot"
                 continue
             try:
-                await blocking(self._image.remove_snapshot, name)
-                await blocking(self._image.remove_metadata, origin_key(snapshot_id))
+                with self._hanging():
+                    await blocking(self._image.remove_snapshot, name)
+                    await blocking(self._image.remove_metadata, origin_key(snapshot_id))
                 gone.append(name)
+            except LinkError:
+                raise
             except SiphonError as error:
                 kept[name] = str(error)
         self.replica = msgspec.structs.replace(await blocking(described, self._image), head=self.replica.head)
@@ -250,27 +258,44 @@ class Writer:
         await self._holding.release(unfinished=self._mark is not None)
 
     async def _write_mark(self, mark: Mark) -> None:
-        await blocking(self._image.set_metadata, MARK_KEY, encode(mark))
         self._mark = mark
+        await blocking(self._image.set_metadata, MARK_KEY, encode(mark))
+
+    @contextmanager
+    def _hanging(self) -> Iterator[None]:
+        """Note that an operation timed out: it may still be done, so the lock must not be given back."""
+        try:
+            yield
+        except LinkError as error:
+            self._failed = self._failed or error
+            raise
 
 
-async def opened(holding: Holding, seen: Replica | None, stand: Standing | None) -> Replica:
-    """Bring a replica that was just taken into order, and return what it holds.
+async def opened(holding: Holding, seen: Replica | None, stand: Standing | None, durable: Callable[[Checkpoint], None]) -> Writer:
+    """Bring a replica that was just taken into order, and return the writer for it.
 
     `seen` and `stand` are what was found before the lock was ours; where the mark is another one by
-    now, nothing is known of how far it came. A commit that was broken off is finished; what an
-    abandoned step left in snapshots and metadata goes.
+    now, nothing is known of how far it came. Whatever goes wrong, the image is let go as it was found.
     """
+    try:
+        return Writer(holding, await _ordered(holding, seen, stand), durable)
+    except LinkError:
+        raise  # what timed out may still be done: the next run fences us
+    except BaseException:
+        await holding.release(unfinished=True)
+        raise
+
+
+async def _ordered(holding: Holding, seen: Replica | None, stand: Standing | None) -> Replica:
+    """Finish a commit that was broken off, and clear away what an abandoned step left in snapshots and metadata."""
     image = holding.image
     replica = await blocking(described, image)
     if replica.mark is not None and (seen is None or seen.mark is None or replica.mark.step != seen.mark.step):
         stand = Standing.UNSURE
     mark, lineage = replica.mark, replica.lineage
-    if mark is not None and lineage is not None:
-        end = Origin(lineage.source, mark.step.end, datetime.now(UTC).isoformat(timespec="seconds"))
-        if is_committed(replica, mark):
-            await finish_commit(holding, mark, end)
-            replica = await blocking(described, image)
+    if mark is not None and lineage is not None and is_committed(replica, mark):
+        await finish_commit(holding, mark, Origin(lineage.source, mark.step.end, datetime.now(UTC).isoformat(timespec="seconds")))
+        replica = await blocking(described, image)
     for each in replica.snapshots:
         if is_committing(each.name) and (replica.mark is None or each.name != replica.mark.snapshot):
             await blocking(image.remove_snapshot, each.name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent.budget import Budget
 from agent.cluster import Image, Pool
-from agent.errors import NotFoundError
+from agent.errors import NotFoundError, SiphonError
 from agent.extents import Extents, pieces, windows
 from agent.model import ImageIdentity, ImageSpec, Snapshot, Source, Step
 from agent.threads import blocking
@@ -84,9 +84,11 @@ async def changed(
 ) -> AsyncIterator[Extents]:
     """Yield what changed since `base` in ascending order, a bounded number of extents at a time."""
     name = base.name if base is not None else None
-    for window, span in windows(start, size, (await blocking(image.shape)).order):
+    period = (await blocking(image.shape)).period
+    step = max(1, _EXACT // period) * period
+    for window, span in windows(start, size, period):
         if not trusted:
-            for at, length in pieces(window, span, _EXACT):
+            for at, length in pieces(window, span, step):
                 exact = await blocking(image.diff, at, length, name, whole_object=False)
                 tally.known += exact.bytes
                 tally.walked = at + length
@@ -98,7 +100,7 @@ async def changed(
             yield objects
         else:
             for offset, length, _ in objects:
-                for at, count in pieces(offset, length, _EXACT):
+                for at, count in pieces(offset, length, step):
                     exact = await blocking(image.diff, at, count, name, whole_object=False)
                     tally.known += exact.bytes - count
                     yield exact
@@ -132,6 +134,7 @@ class _Reader:
         self._budget = Budget(_AHEAD_BYTES)
         self._queue: asyncio.Queue[tuple[int, int, asyncio.Task[bytes] | None] | None] = asyncio.Queue(_AHEAD_READS)
         self._started: set[asyncio.Task[bytes]] = set()
+        self._at = 0
 
     async def produce(self, start: int) -> None:
         step = self._step
@@ -139,10 +142,15 @@ class _Reader:
         async for extents in changed(self._image, step.base, start, step.end.size, self._tally, trusted=trusted):
             self._tally.extents += len(extents)
             for offset, length, exists in extents:
+                if offset < self._at:
+                    raise SiphonError(f"librbd lists what changed in {self._image.spec} out of order, at {offset}")
+                self._at = offset + length
+                # What lies below the start is durable; a diff begins at a set of objects.
+                skip = min(length, max(0, start - offset))
                 if exists:
-                    await self._read(offset, length)
-                elif step.base is not None:
-                    await self._queue.put((offset, length, None))
+                    await self._read(offset + skip, length - skip)
+                elif step.base is not None and length > skip:
+                    await self._queue.put((offset + skip, length - skip, None))
         await self._queue.put(None)
 
     async def _read(self, offset: int, length: int) -> None:

@@ -11,9 +11,9 @@ from typing import Literal
 import msgspec
 
 from agent.cluster import Image, Pool
-from agent.continuity import Standing, standing
+from agent.continuity import Standing, hand_of, standing
 from agent.extents import Extents, pieces, windows
-from agent.model import Guard, ImageIdentity, ImageSpec, Lineage, Mark, Origin, Replica, ReplicaSnapshot, Value
+from agent.model import Guard, ImageIdentity, ImageSpec, Lineage, Mark, Origin, Replica, ReplicaSnapshot, Value, decode
 from agent.names import LINEAGE_KEY, MARK_KEY, guard_object, origin_key
 from agent.threads import blocking
 
@@ -27,12 +27,17 @@ _HEADS: dict[Standing, Literal["resumable", "unsure", "touched"]] = {
 
 
 class Footing(Value, frozen=True):
-    """What was true of an image before anybody of ours took it: `alive` says that the lock's owner was watching it."""
+    """What was true of an image before we took it; `watchers` are the clients that had it open for writing."""
 
     owner: str
-    alive: bool
+    watchers: tuple[str, ...]
     guard: Guard | None
     version: int
+
+    @property
+    def strangers(self) -> tuple[str, ...]:
+        """Return the watchers that are no workers of ours."""
+        return tuple(each for each in self.watchers if hand_of(each, self.guard) is None)
 
     @property
     def standing(self) -> Standing:
@@ -44,36 +49,36 @@ def footing(pool: Pool, replica: Replica) -> Footing:
     """Read who owns the image's lock, its guard and its header's version (blocks)."""
     # The version first: whoever comes between makes it differ from the guard's.
     version = pool.header_version(replica.image_id)
-    # librbd tells a lock's owner only to those who could own it; opening alone changes nothing.
-    with pool.open(replica.spec.image, writable=True) as image:
-        owner = image.lock_owner()
-        alive = owner in image.watchers()
-    return Footing(owner, alive, read_guard(pool, replica.image_id), version)
+    # Open for reading only: looking must leave no watch that another worker would have to wonder about.
+    with pool.open(replica.spec.image) as image:
+        owner, watchers = image.lock_owner(), image.watchers()
+    return Footing(owner, watchers, read_guard(pool, replica.image_id), version)
 
 
 def read_guard(pool: Pool, image_id: str) -> Guard | None:
     """Return the guard of an image, None if there is none (blocks)."""
     raw = pool.read_object(guard_object(image_id))
-    return None if raw is None else msgspec.json.decode(raw, type=Guard)
+    return None if raw is None else decode(raw, Guard, guard_object(image_id))
 
 
 def described(image: Image) -> Replica:
     """Read everything but the content; `head` stays "foreign" (blocks)."""
     metadata = image.metadata()
     lineage, mark = metadata.get(LINEAGE_KEY), metadata.get(MARK_KEY)
+    where = f"the metadata of {image.spec}"
     snapshots = []
     for each in image.snapshots():
         origin = metadata.get(origin_key(each.id))
-        known = msgspec.json.decode(origin, type=Origin) if origin else None
+        known = decode(origin, Origin, where) if origin else None
         snapshots.append(ReplicaSnapshot(each.id, each.name, each.size, known))
     return Replica(
         spec=image.spec,
         image_id=image.id(),
         size=image.size(),
-        lineage=msgspec.json.decode(lineage, type=Lineage) if lineage else None,
+        lineage=decode(lineage, Lineage, where) if lineage else None,
         snapshots=tuple(snapshots),
         head="foreign",
-        mark=msgspec.json.decode(mark, type=Mark) if mark else None,
+        mark=decode(mark, Mark, where) if mark else None,
     )
 
 
@@ -109,7 +114,7 @@ async def _differs(pool: Pool, image: Image, replica: Replica) -> int:
     name = newest.name if newest else None
     try:
         total, proven = 0, newest is not None and newest.size != replica.size
-        for start, span in windows(0, replica.size, (await blocking(image.shape)).order):
+        for start, span in windows(0, replica.size, (await blocking(image.shape)).period):
             changed = await blocking(image.diff, start, span, name, whole_object=True)
             total += changed.bytes
             if not proven:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,13 +19,13 @@ from agent import messages as m
 from agent.cluster import COPIED_FEATURES, EXCLUSIVE_LOCK, Cluster, Pool, feature_names
 from agent.continuity import Standing
 from agent.errors import ConflictError, LinkError, LockedError, NotFoundError, SiphonError, SiteError, UsageError, ungrouped
-from agent.holding import refuse_stranger, take
+from agent.holding import settled_footing, take
 from agent.model import Checkpoint, Hand, ImageIdentity, ImageSpec, Replica, Shape, encode
-from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_name
+from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_prefix
 from agent.replica import Writer, is_committed, opened
 from agent.settings import ClusterSettings
 from agent.stdio import Stdio
-from agent.survey import described, footing, survey
+from agent.survey import described, survey
 from agent.threads import blocking
 from agent.wire import PROTOCOL, Frame, Kind
 
@@ -51,6 +52,8 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 helpers = [group.create_task(self._answer_all()), group.create_task(self._beat())]
                 await self._read_all()
+                # Whatever hangs from here on, the process ends; what it held is fenced by the next run.
+                asyncio.get_running_loop().call_later(_LAST_GRACE, _leave, 1)
                 for helper in helpers:
                     helper.cancel()
         finally:
@@ -189,23 +192,24 @@ class Worker:
                 return seen
         finally:
             await blocking(image.close)
-        found = await blocking(footing, pool, seen)
-        refuse_stranger(spec, found)
-        stand = found.standing if seen.mark else None
-        if stand is not None:
-            self._say(
-                f"{spec} is in the middle of a step: {stand.value} (lock {found.owner or 'free'}, header {found.version}, "
-                f"guard {encode(found.guard) if found.guard else 'none'})"
-            )
-        committing = seen.mark is not None and is_committed(seen, seen.mark)
-        if stand is Standing.TOUCHED and not discard and not committing:
-            # Taking the lock would make it look as if the content were known.
-            return await survey(pool, spec, source)
-        trusted = stand in (None, Standing.RESUMABLE) or committing
-        holding = await take(pool, spec, found, self._me(), trusted=trusted, say=self._say)
-        replica = await opened(holding, seen, stand)
-        self._writer = Writer(holding, replica, self._durable)
-        return replica
+        while True:
+            found = await settled_footing(pool, seen)
+            stand = found.standing if seen.mark else None
+            if stand is not None:
+                self._say(
+                    f"{spec} is in the middle of a step: {stand.value} (lock {found.owner or 'free'}, header {found.version}, "
+                    f"guard {encode(found.guard) if found.guard else 'none'})"
+                )
+            committing = seen.mark is not None and is_committed(seen, seen.mark)
+            if stand is Standing.TOUCHED and not discard and not committing:
+                # Taking the lock would make it look as if the content were known.
+                return await survey(pool, spec, source)
+            trusted = stand in (None, Standing.RESUMABLE) or committing
+            holding = await take(pool, seen, found, self._me(), trusted=trusted, say=self._say)
+            if holding is not None:
+                break
+        self._writer = await opened(holding, seen, stand, self._durable)
+        return self._writer.replica
 
     async def _trash(self, spec: ImageSpec, image_id: str) -> None:
         await self._close()
@@ -251,9 +255,12 @@ def _make(pool: Pool, request: m.Create) -> tuple[str, ...]:
     Returns the features of the source that a replica is not given. What a crash leaves under the
     temporary name is removed by the next attempt.
     """
-    temporary = creating_name(str(request.image), request.lineage.source.image_id)
-    if pool.image_id(temporary) is not None:
-        pool.remove(temporary)
+    prefix = creating_prefix(str(request.image), request.lineage.source.image_id)
+    for leftover in pool.images():
+        if leftover.startswith(prefix):
+            with contextlib.suppress(LockedError, NotFoundError):  # a dead worker's watch lasts half a minute
+                pool.remove(leftover)
+    temporary = prefix + secrets.token_hex(4)
     # One writer at a time is what the exclusive lock gives, so a replica always has it.
     features = request.shape.features & COPIED_FEATURES | EXCLUSIVE_LOCK
     shape = Shape(

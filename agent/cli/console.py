@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -48,8 +49,9 @@ class JsonLines:
         """Write the event's line."""
         if isinstance(event, e.Decision) and not self._verbose:
             return
-        self._out.write(msgspec.json.encode(event).decode() + "\n")
-        self._out.flush()
+        with contextlib.suppress(BrokenPipeError):  # whoever read it has had enough; the work goes on
+            self._out.write(msgspec.json.encode(event).decode() + "\n")
+            self._out.flush()
 
     def close(self) -> None:
         """Nothing is left to draw."""
@@ -69,6 +71,10 @@ class People:
 
     def emit(self, event: e.Event) -> None:
         """Show the event, or not."""
+        with contextlib.suppress(BrokenPipeError):
+            self._show(event)
+
+    def _show(self, event: e.Event) -> None:
         match event:
             case e.Progress():
                 self._progress(event)

@@ -123,7 +123,7 @@ def test_a_replica_whose_snapshots_are_all_gone_is_refused(pair: Pair) -> None:
     pair.target.unsnap(name, end)
     with pytest.raises(ConflictError, match="no snapshot that tells where it is from"):
         pair.sync_now(name)
-    with pytest.raises(ConflictError, match=r"no snapshot to roll back to"):
+    with pytest.raises(ConflictError, match="no snapshot to roll back to"):
         pair.sync_now(name, accept=Accept.ROLLBACK)
     pair.sync_now(name, accept=Accept.RECREATE)
     pair.same(name)
@@ -179,11 +179,11 @@ def test_a_dry_run_refuses_as_the_run_would(pair: Pair) -> None:
 
 
 def test_what_a_crash_left_of_a_creation_is_in_nobodys_way(pair: Pair) -> None:
-    from agent.names import creating_name
+    from agent.names import creating_prefix
 
     name = pair.new("creation")
     with pair.source.image(name) as image:
-        leftover = creating_name(f"{pair.target.pool}/{name}", image.id())
+        leftover = creating_prefix(f"{pair.target.pool}/{name}", image.id()) + "dead"
     pair.target.create(leftover, MIB)
     pair.sync_now(name)
     pair.same(name)
