@@ -20,7 +20,7 @@ import tenacity
 from agent import events as e
 from agent import messages as m
 from agent.cluster import Cluster, Pool
-from agent.errors import ConflictError, DataError, NotFoundError, SiphonError
+from agent.errors import ConflictError, DataError, LinkError, NotFoundError, SiphonError
 from agent.model import (
     Checkpoint,
     ImageSpec,
@@ -129,22 +129,22 @@ class Sync:
 
     async def run(self) -> e.Result:
         """Do it, retrying what is transient; raises what stays."""
-        request = self._request
-        cluster = await blocking(Cluster, request.cluster, request.timeout)
+        # Both sites are woken at the same time.
+        opening = asyncio.create_task(blocking(_open_source, self._request))
         try:
-            pool = await blocking(cluster.pool, request.source.image.pool, request.source.image.namespace)
-            await blocking(observe, pool, request.source.image, cluster.fsid)
-            try:
-                async for attempt in self._attempts():
-                    with attempt:
-                        self._account.attempt += 1
-                        self._account.fruitless += 1
-                        return await self._attempt(cluster, pool)
-            except (SiphonError, asyncio.CancelledError):
-                await asyncio.shield(blocking(self._forget_unsent, pool))
-                raise
+            async for attempt in self._attempts():
+                with attempt:
+                    self._account.attempt += 1
+                    self._account.fruitless += 1
+                    return await self._attempt(opening)
+        except (SiphonError, asyncio.CancelledError):
+            if self._taken is not None:
+                await asyncio.shield(blocking(self._forget_unsent, opening.result().pool))
+            raise
         finally:
-            await blocking(cluster.close)
+            await asyncio.wait([opening])
+            if opening.exception() is None:
+                await blocking(opening.result().cluster.close)
         raise AssertionError("tenacity ended without a result or an error")
 
     def _attempts(self) -> tenacity.AsyncRetrying:
@@ -161,14 +161,19 @@ class Sync:
         wait = round(state.next_action.sleep, 2) if state.next_action else 0.0
         self._observer.emit(e.Retry(attempt=self._account.attempt, error=str(error), wait=wait))
 
-    async def _attempt(self, cluster: Cluster, pool: Pool) -> e.Result:
-        async with self._session() as session:
-            welcome = await session.hello(self._run)
-            for trouble in welcome.trouble:
-                self._warn(f"the target cluster says: {trouble}")
-            if self._request.dry_run:
-                return await self._rehearse(session, welcome, cluster, pool)
-            return await self._replicate(session, welcome, cluster, pool)
+    async def _attempt(self, opening: asyncio.Task[_Home]) -> e.Result:
+        try:
+            async with self._session() as session:
+                welcome = await session.hello(self._run)
+                home = await asyncio.shield(opening)
+                for trouble in welcome.trouble:
+                    self._warn(f"the target cluster says: {trouble}")
+                if self._request.dry_run:
+                    return await self._rehearse(session, welcome, home)
+                return await self._replicate(session, welcome, home)
+        except LinkError:
+            await asyncio.shield(opening)  # what is wrong at home is told first
+            raise
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[Session]:
@@ -177,10 +182,10 @@ class Sync:
             async with conversation(channel, self._request.timeout, self._warn) as session:
                 yield session
 
-    async def _replicate(self, session: Session, welcome: m.Welcome, cluster: Cluster, pool: Pool) -> e.Result:
-        request = self._request
+    async def _replicate(self, session: Session, welcome: m.Welcome, home: _Home) -> e.Result:
+        request, pool = self._request, home.pool
         spec, target = request.source.image, request.target.image
-        source = await blocking(observe, pool, spec, cluster.fsid)
+        source = await blocking(observe, pool, spec, home.cluster.fsid)
         discard = request.accept is Accept.ROLLBACK
         seen = await session.ask(m.Open(image=target, source=source.identity, discard=discard), m.Seen)
         replica = seen.replica
@@ -195,7 +200,7 @@ class Sync:
             where = Ground(base=where.pending.end)
         if self._end is None:
             self._end = await self._choose_end(pool, source, tag(welcome.fsid, target))
-        source = await blocking(observe, pool, spec, cluster.fsid)
+        source = await blocking(observe, pool, spec, home.cluster.fsid)
         if self._end not in source.snapshots:
             raise NotFoundError(f"snapshot {spec}@{self._end.name} (id {self._end.id}) was removed while it was being sent")
         replica = await self._send(session, pool, source, replica, where, self._end)
@@ -382,11 +387,11 @@ class Sync:
         for name, why in kept.items():
             self._warn(f"snapshot {name} stays at the source: {why}")
 
-    async def _rehearse(self, session: Session, welcome: m.Welcome, cluster: Cluster, pool: Pool) -> e.Result:
+    async def _rehearse(self, session: Session, welcome: m.Welcome, home: _Home) -> e.Result:
         """Find out and tell what a run would do; nothing is written on either side."""
-        request = self._request
+        request, pool = self._request, home.pool
         spec = request.source.image
-        source = await blocking(observe, pool, spec, cluster.fsid)
+        source = await blocking(observe, pool, spec, home.cluster.fsid)
         seen = await session.ask(m.Survey(image=request.target.image, source=source.identity), m.Seen)
         where = ground(source, seen.replica, request.accept)
         newest = max((each.id for each in source.snapshots), default=0)
@@ -482,6 +487,27 @@ class Sync:
 
     def _decide(self, message: str) -> None:
         self._observer.emit(e.Decision(message=message))
+
+
+@dataclass(frozen=True)
+class _Home:
+    """The source site, opened."""
+
+    cluster: Cluster
+    pool: Pool
+
+
+def _open_source(request: Request) -> _Home:
+    """Connect to the source's cluster and see that the image is there (blocks)."""
+    spec = request.source.image
+    cluster = Cluster(request.cluster, request.timeout)
+    try:
+        pool = cluster.pool(spec.pool, spec.namespace)
+        observe(pool, spec, cluster.fsid)
+    except SiphonError:
+        cluster.close()
+        raise
+    return _Home(cluster, pool)
 
 
 def named(source: Source, name: str) -> Snapshot:
