@@ -25,6 +25,7 @@ from agent.spec import TargetSpec
 _HIGH, _LOW = 2 << 20, 512 << 10
 #: The largest packet that OpenSSH takes, bytes.
 _PACKET = 32 << 10
+_MSG_IGNORE = 2  # RFC 4253, 12
 #: How much of the worker's diagnostics is kept to explain its end, bytes.
 _WORDS = 4096
 #: The cheapest cipher for asyncssh's and OpenSSH's processors alike; the rest of the defaults follow.
@@ -184,6 +185,7 @@ async def worker_channel(
         raise LinkError(f"{target.host} does not answer within {timeout:.0f} s") from None
     except (asyncssh.Error, OSError, ValueError) as error:
         raise _explained(error, target, known) from error
+    _spare_ignores(connection)
     try:
         try:
             client = _Client(say)
@@ -203,6 +205,24 @@ async def worker_channel(
                 await connection.wait_closed()
         except TimeoutError:
             connection.abort()
+
+
+def _spare_ignores(connection: asyncssh.SSHClientConnection) -> None:
+    """Leave out the empty SSH_MSG_IGNORE that asyncssh sends before every packet.
+
+    It defends CBC ciphers (RFC 4251, 9.3.1); authenticated ones need no such defence, and it is half
+    of the packets: without it a first copy on loopback took 8 % less time (medians of six pairs).
+    """
+    cipher = str(connection.get_extra_info("send_cipher", ""))
+    if "gcm" not in cipher and "chacha20-poly1305" not in cipher:
+        return
+    send = connection.send_packet
+
+    def send_packet(pkttype: int, *args: bytes, handler: Any = None) -> None:
+        if pkttype != _MSG_IGNORE:
+            send(pkttype, *args, handler=handler)
+
+    connection.send_packet = send_packet  # type: ignore[method-assign]  # asyncssh has no option for it
 
 
 def _options(target: TargetSpec, settings: SshSettings, timeout: float) -> dict[str, Any]:

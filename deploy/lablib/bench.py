@@ -120,7 +120,7 @@ def _thin(lab: Lab, size: int, changes: int, *, stock: bool) -> Case:
     case.ours.append(_timed(lambda: _ours(lab, case, f"{image}@b", replica)))
     if stock:
         note(f"rbd-siphon {case.ours[-1]:.2f} s; now rbd export-diff alone")
-        command = f"rbd export-diff --no-progress --from-snap a {image}@b /dev/null"
+        command = f"rbd export-diff --no-progress --from-snap a {image}@b - >/dev/null"
         case.stock.append(_timed(lambda: _shell(lab, command)))
     # Ten tebibytes cannot be exported: what is allocated is compared instead.
     mine, theirs = (json.loads(cluster.rbd("diff", "--whole-object", f"{spec}@b", "--format", "json")) for cluster, spec in

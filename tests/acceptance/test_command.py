@@ -64,6 +64,15 @@ def test_a_dry_run_prints_the_plan(pair: Pair) -> None:
     assert name not in pair.target.names()
 
 
+def test_a_reader_that_has_had_enough_does_not_break_the_run(pair: Pair) -> None:
+    name = pair.new("head")
+    line = f"{SIPHON} sync vms/{name} {pair.place(name)} --json | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
+    assert len(pair.same(name)) == 1
+
+
 def test_the_help_lists_the_exit_codes() -> None:
     for words in (("--help",), ("sync", "--help")):
         text = " ".join(command(*words).stdout.split())

@@ -171,6 +171,23 @@ def test_a_pool_or_namespace_that_is_not_there_is_refused_with_how_to_make_it(pa
     assert pair.source.snapshots(name) == []
 
 
+def test_rollback_to_a_snapshot_that_is_there_already_is_no_false_success(pair: Pair) -> None:
+    name = pair.new("no-step")
+    end = pair.sync_now(name).end
+    pair.target.write(name, 0, b"by hand")
+    with pytest.raises(ConflictError, match="rolling back is part of the next step"):
+        pair.sync_now(name, end, accept=Accept.ROLLBACK)
+
+
+def test_metadata_that_cannot_be_read_is_named(pair: Pair) -> None:
+    name = pair.new("garbled")
+    pair.sync_now(name)
+    with pair.target.image(name) as image:
+        image.metadata_set("siphon.lineage", "{")
+    with pytest.raises(ConflictError, match=f"the metadata of vms-dr/{name} cannot be read"):
+        pair.sync_now(name)
+
+
 def test_a_dry_run_refuses_as_the_run_would(pair: Pair) -> None:
     name = pair.new("dry-conflict")
     pair.target.create(name)

@@ -363,6 +363,16 @@ def test_content_touched_by_hand_in_the_middle_of_a_step_is_refused(pair: Pair) 
     pair.same(name)
 
 
+def test_an_unfinished_replica_that_somebody_has_open_is_not_resumed(pair: Pair) -> None:
+    name = big(pair, "open")
+    asyncio.run(interrupted(pair, name, 18 * MIB))
+    asyncio.run(gone())
+    with pair.target.image(name), pytest.raises(LockedError, match="open for writing by another client"):
+        pair.sync_now(name)
+    assert pair.sync_now(name).result.resumed_from is not None
+    pair.same(name)
+
+
 def test_a_crash_while_letting_go_is_rolled_back_not_guessed(pair: Pair) -> None:
     import msgspec
 
