@@ -19,7 +19,8 @@ import tenacity
 
 from agent import events as e
 from agent import messages as m
-from agent.cluster import Cluster, Pool
+from agent.cluster import Pool
+from agent.errand import Home, Request, named, open_source
 from agent.errors import ConflictError, DataError, LinkError, NotFoundError, SiphonError
 from agent.model import (
     Checkpoint,
@@ -35,14 +36,13 @@ from agent.model import (
     decode,
     encode,
 )
-from agent.names import METADATA_PREFIX, PEER_PREFIX, is_own, snapshot_name, tag
+from agent.names import METADATA_PREFIX, PEER_PREFIX, snapshot_name, tag
 from agent.plan import Accept, Ground, ground, steps
+from agent.rehearsal import rehearse
 from agent.retention import expendable
 from agent.sender import send_step
 from agent.session import Channel, Session, conversation
-from agent.settings import ClusterSettings
 from agent.source import Tally, changed, fast, observe, require
-from agent.spec import SourceSpec, TargetSpec
 from agent.threads import blocking
 
 #: Pauses between attempts: exponential with jitter, seconds.
@@ -59,27 +59,6 @@ class Peer(Value, frozen=True):
     replica: str
     snapshot: Snapshot
     confirmed_at: str
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for. `attempts` bounds the attempts in a row that bring nothing new."""
-
-    source: SourceSpec
-    target: TargetSpec
-    cluster: ClusterSettings = field(default_factory=ClusterSettings)
-    keep: int = 3
-    intermediate: bool = False
-    accept: Accept = Accept.NOTHING
-    data_pool: str = ""
-    dry_run: bool = False
-    timeout: float = 60.0
-    attempts: int = 6
-
-    @property
-    def snapshot_named(self) -> bool:
-        """Whether the user named the snapshot to send: then none is taken and none removed."""
-        return bool(self.source.snapshot)
 
 
 @dataclass
@@ -130,7 +109,7 @@ class Sync:
     async def run(self) -> e.Result:
         """Do it, retrying what is transient; raises what stays."""
         # Both sites are woken at the same time.
-        opening = asyncio.create_task(blocking(_open_source, self._request))
+        opening = asyncio.create_task(blocking(open_source, self._request))
         try:
             async for attempt in self._attempts():
                 with attempt:
@@ -161,7 +140,7 @@ class Sync:
         wait = round(state.next_action.sleep, 2) if state.next_action else 0.0
         self._observer.emit(e.Retry(attempt=self._account.attempt, error=str(error), wait=wait))
 
-    async def _attempt(self, opening: asyncio.Task[_Home]) -> e.Result:
+    async def _attempt(self, opening: asyncio.Task[Home]) -> e.Result:
         try:
             async with self._session() as session:
                 welcome = await session.hello(self._run)
@@ -169,7 +148,10 @@ class Sync:
                 for trouble in welcome.trouble:
                     self._warn(f"the target cluster says: {trouble}")
                 if self._request.dry_run:
-                    return await self._rehearse(session, welcome, home)
+                    plan = await rehearse(session, welcome, self._request, home)
+                    self._observer.emit(plan)
+                    self._account.base = plan.steps[0].base if plan.steps else None
+                    return self._result("planned" if plan.steps else "up-to-date", plan.end)
                 return await self._replicate(session, welcome, home)
         except LinkError:
             await asyncio.shield(opening)  # what is wrong at home is told first
@@ -182,7 +164,7 @@ class Sync:
             async with conversation(channel, self._request.timeout, self._warn) as session:
                 yield session
 
-    async def _replicate(self, session: Session, welcome: m.Welcome, home: _Home) -> e.Result:
+    async def _replicate(self, session: Session, welcome: m.Welcome, home: Home) -> e.Result:
         request, pool = self._request, home.pool
         spec, target = request.source.image, request.target.image
         source = await blocking(observe, pool, spec, home.cluster.fsid)
@@ -240,6 +222,7 @@ class Sync:
                     image=str(request.source.image),
                     target=str(request.target),
                     dry_run=False,
+                    end=end.name,
                     steps=tuple(e.PlannedStep(base=each.base.name if each.base else None, end=each.end.name) for each in way),
                     creates=creates,
                 )
@@ -387,74 +370,6 @@ class Sync:
         for name, why in kept.items():
             self._warn(f"snapshot {name} stays at the source: {why}")
 
-    async def _rehearse(self, session: Session, welcome: m.Welcome, home: _Home) -> e.Result:
-        """Find out and tell what a run would do; nothing is written on either side."""
-        request, pool = self._request, home.pool
-        spec = request.source.image
-        source = await blocking(observe, pool, spec, home.cluster.fsid)
-        seen = await session.ask(m.Survey(image=request.target.image, source=source.identity), m.Seen)
-        where = ground(source, seen.replica, request.accept)
-        newest = max((each.id for each in source.snapshots), default=0)
-        present = Snapshot(newest + 1, "(a snapshot taken now)", source.size)
-        end = named(source, request.source.snapshot) if request.snapshot_named else present
-        way = steps(source, seen.replica, where, end, intermediate=request.intermediate)
-        planned = []
-        for step in way:
-            tally = await self._measure(pool, step, live=step.end is present)
-            planned.append(
-                e.PlannedStep(
-                    base=step.base.name if step.base else None, end=step.end.name, extents=tally.extents, bytes=tally.known
-                )
-            )
-        removes = () if request.snapshot_named else self._would_remove(source, seen.replica, welcome, way)
-        creates = [f"target: image {request.target.image}"] if where.create or where.recreate else []
-        if way and not request.snapshot_named:
-            creates.append(
-                f"source: snapshot {spec}@{snapshot_name(datetime.now(UTC), tag(welcome.fsid, request.target.image), 0)}"
-            )
-        creates += [f"target: snapshot {request.target.image}@{each.end.name}" for each in way]
-        if where.recreate and seen.replica is not None:
-            removes = (f"target: image {seen.replica.spec} (to the trash)", *removes)
-        self._observer.emit(
-            e.Plan(
-                image=str(spec),
-                target=str(request.target),
-                dry_run=True,
-                steps=tuple(planned),
-                creates=tuple(creates),
-                removes=tuple(removes),
-            )
-        )
-        self._account.base = where.base.name if where.base else None
-        return self._result("planned" if way else "up-to-date", way[-1].end.name if way else end.name)
-
-    async def _measure(self, pool: Pool, step: Step, *, live: bool) -> Tally:
-        """Find out what a step would read; `live`: its end is the image's present content."""
-        tally = Tally()
-        image = await blocking(pool.open, self._request.source.image.image)
-        try:
-            trusted = await blocking(fast, image, step.base, None if live else step.end)
-            async for extents in changed(image, step.base, 0, step.end.size, tally, trusted=trusted):
-                tally.extents += len(extents)
-        finally:
-            await blocking(image.close)
-        return tally
-
-    def _would_remove(self, source: Source, replica: Replica | None, welcome: m.Welcome, way: tuple[Step, ...]) -> tuple[str, ...]:
-        replica_tag = tag(welcome.fsid, self._request.target.image)
-        keep = max(1, self._request.keep - len(way))  # the steps' own ends count among those kept
-        copies = replica.origins().values() if replica is not None else ()
-        there = tuple(Snapshot(each.id, each.name, each.size) for each in copies)
-        sides = (("target", there), ("source", source.snapshots))
-        if self._request.keep <= len(way):
-            own = [(side, each) for side, snapshots in sides for each in snapshots if is_own(each.name, replica_tag)]
-            return tuple(f"{side}: snapshot {each.name}" for side, each in own)
-        return tuple(
-            f"{side}: snapshot {each.name}"
-            for side, snapshots in sides
-            for each in expendable(snapshots, replica_tag=replica_tag, keep=keep, pinned=())
-        )
-
     def _forget_unsent(self, pool: Pool) -> None:
         """Remove the snapshot that this run took and no step has begun with (blocks)."""
         if self._taken is None:
@@ -487,36 +402,6 @@ class Sync:
 
     def _decide(self, message: str) -> None:
         self._observer.emit(e.Decision(message=message))
-
-
-@dataclass(frozen=True)
-class _Home:
-    """The source site, opened."""
-
-    cluster: Cluster
-    pool: Pool
-
-
-def _open_source(request: Request) -> _Home:
-    """Connect to the source's cluster and see that the image is there (blocks)."""
-    spec = request.source.image
-    cluster = Cluster(request.cluster, request.timeout)
-    try:
-        pool = cluster.pool(spec.pool, spec.namespace)
-        observe(pool, spec, cluster.fsid)
-    except SiphonError:
-        cluster.close()
-        raise
-    return _Home(cluster, pool)
-
-
-def named(source: Source, name: str) -> Snapshot:
-    """Return the source's snapshot of that name; NotFoundError with those there are."""
-    for each in source.snapshots:
-        if each.name == name:
-            return each
-    there = ", ".join(each.name for each in source.snapshots) or "none"
-    raise NotFoundError(f"there is no snapshot {source.spec}@{name}", hint=f"its snapshots: {there}")
 
 
 def _now() -> str:

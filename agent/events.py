@@ -30,6 +30,7 @@ class Plan(Event, frozen=True, tag="plan"):
     image: str
     target: str
     dry_run: bool
+    end: str
     steps: tuple[PlannedStep, ...]
     creates: tuple[str, ...] = ()
     removes: tuple[str, ...] = ()

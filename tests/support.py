@@ -21,7 +21,8 @@ import rados
 import rbd
 
 from agent import events as e
-from agent.controller import Request, Sync
+from agent.controller import Sync
+from agent.errand import Request
 from agent.plan import Accept
 from agent.remote import SshSettings, worker_channel
 from agent.settings import ClusterSettings

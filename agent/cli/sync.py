@@ -82,7 +82,8 @@ def sync(
 ) -> None:
     """Make IMAGE's replica at the target, or bring it up to date."""
     # Deferred: a worker is started for each run at the far end, and needs neither SSH nor the controller.
-    from agent.controller import Request, Sync
+    from agent.controller import Sync
+    from agent.errand import Request
     from agent.remote import SshSettings, worker_channel
 
     observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose)

@@ -35,14 +35,11 @@ def packages() -> None:
     wanted = missing_packages()
     if not wanted:
         return
-    command = "apt-get install --no-install-recommends " + " ".join(wanted)
     if shutil.which("apt-get") is None:
         raise LabError(
             "the lab needs Debian's packages " + " ".join(PACKAGES) + ", and this system has no apt-get.\n"
             "Use a Debian 12 machine or container, or install the same programs by hand."
         )
-    if os.geteuid() != 0:
-        raise LabError(f"these packages are missing, and only root can install them:\n  sudo {command}")
     step("installing from Debian's packages: " + ", ".join(wanted))
     # A runlevel of 1 keeps the packages from starting services of their own.
     quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
@@ -83,11 +80,22 @@ def virtualenv(lab: Lab, *extras: str) -> None:
 
 def ready(lab: Lab, *extras: str) -> None:
     """Do all the set-up: packages, environment."""
-    system = Path("/etc/debian_version")
+    _require_root()
     packages()
-    if not system.exists():
+    if not Path("/etc/debian_version").exists():
         note("this is not Debian; the lab is tried on Debian 12 only")
     virtualenv(lab, *extras)
+
+
+def _require_root() -> None:
+    """LabError if the user may not do what the lab does, with all that is missing."""
+    if os.geteuid() == 0:
+        return
+    missing = missing_packages()
+    install = f"\nIt would install: {' '.join(missing)}" if missing else ""
+    raise LabError(
+        f"the lab needs root, for an SSH server that lets root@dr-site in and for Debian's packages.{install}\nTry: sudo deploy/lab demo"
+    )
 
 
 def _fingerprint(extras: tuple[str, ...]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from agent import events as e
-from agent.controller import Request, Sync
+from agent.controller import Sync
+from agent.errand import Request
 from agent.errors import ConflictError, DataError, LinkError, LockedError, SiphonError
 from agent.plan import Accept
 from support import MIB, Pair, Run, fill, kill_workers, worker_pids
