@@ -93,9 +93,8 @@ def _require_root() -> None:
         return
     missing = missing_packages()
     install = f"\nIt would install: {' '.join(missing)}" if missing else ""
-    raise LabError(
-        f"the lab needs root, for an SSH server that lets root@dr-site in and for Debian's packages.{install}\nTry: sudo deploy/lab demo"
-    )
+    why = "the lab needs root, for an SSH server that lets root@dr-site in and for Debian's packages."
+    raise LabError(f"{why}{install}\nTry: sudo deploy/lab demo")
 
 
 def _fingerprint(extras: tuple[str, ...]) -> str:
