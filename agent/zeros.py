@@ -1,12 +1,14 @@
-"""Finding runs of zeros in what was read, so that a replica stays as thin as its source. Pure."""
+"""Finding runs of zeros in what was read, so that a replica stays as thin as its source. Pure.
+
+Blocks are compared in place by `bytes.startswith`: 20 µs a MiB of data, 35 µs a MiB of zeros. numpy
+does data in 6 µs, but takes 50 ms of every start to import.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-
 #: Runs of zeros shorter than this travel as data; also BlueStore's usual allocation unit, bytes.
 ZERO_BLOCK = 4096
-_WORDS = ZERO_BLOCK // 8
+_ZEROS = bytes(ZERO_BLOCK)
 
 
 def runs(offset: int, data: bytes) -> list[tuple[int, int, bool]]:
@@ -15,23 +17,19 @@ def runs(offset: int, data: bytes) -> list[tuple[int, int, bool]]:
     `start` and `end` count from the beginning of `data`. A run without data covers whole
     ZERO_BLOCKs as aligned in the image, and the zeros of a ragged edge beside them.
     """
+    is_zero = data.startswith
     head = min(-offset % ZERO_BLOCK, len(data))
-    count = (len(data) - head) // ZERO_BLOCK
-    tail = head + count * ZERO_BLOCK
-    zero = np.zeros(count + 2, dtype=np.int8)
-    if count:
-        words = np.frombuffer(data, dtype="<u8", count=count * _WORDS, offset=head).reshape(count, _WORDS)
-        # Looking at two words of a block tells nearly all of the blocks that hold data.
-        likely = np.flatnonzero((words[:, 0] == 0) & (words[:, -1] == 0))
-        if likely.size:
-            zero[likely[~words[likely].any(axis=1)] + 1] = 1
-    turns = np.flatnonzero(np.diff(zero))
+    tail = head + (len(data) - head) // ZERO_BLOCK * ZERO_BLOCK
     result: list[tuple[int, int, bool]] = []
-    at = 0
-    for first, last in zip(turns[::2].tolist(), turns[1::2].tolist(), strict=True):
-        start, end = head + first * ZERO_BLOCK, head + last * ZERO_BLOCK
+    at = end = 0
+    for block in range(head, tail, ZERO_BLOCK):
+        if block < end or not is_zero(_ZEROS, block):
+            continue
+        start, end = block, block + ZERO_BLOCK
+        while end < tail and is_zero(_ZEROS, end):
+            end += ZERO_BLOCK
         # A ragged edge joins the zeros beside it where it holds zeros too.
-        if first == 0 and not any(data[:head]):
+        if block == head and not any(data[:head]):
             start = 0
         if end == tail and not any(data[tail:]):
             end = len(data)

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from agent import events as e
-from agent.cli.console import JsonLines, People
 from agent.cli.options import (
     Conf,
     Id,
@@ -81,7 +80,8 @@ def sync(
     worker_command: WorkerCommand = "rbd-siphon worker",
 ) -> None:
     """Make IMAGE's replica at the target, or bring it up to date."""
-    # Deferred: a worker is started for each run at the far end, and needs neither SSH nor the controller.
+    # Deferred: a worker is started for each run at the far end, and needs neither SSH nor a console.
+    from agent.cli.console import JsonLines, People
     from agent.controller import Sync
     from agent.errand import Request
     from agent.remote import SshSettings, worker_channel
