@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ from typing import Any, Self
 import rados
 import rbd
 
-from agent.errors import ConflictError, LinkError, LockedError, NotFoundError, SiphonError, SiteError, UsageError
+from agent.errnos import error_from
+from agent.errors import ConflictError, LinkError, NotFoundError, SiphonError, SiteError, UsageError
 from agent.extents import Extents
 from agent.model import ImageSpec, Shape, Snapshot
 from agent.settings import ClusterSettings
@@ -54,33 +54,11 @@ _FEATURE_NAMES = {
 }
 #: Health checks that mean writes will not get through.
 _TROUBLE = ("OSD_FULL", "POOL_FULL", "OSD_BACKFILLFULL", "OSD_DOWN", "MON_DISK_CRIT")
-_CAPS_HINT = "the user needs: mon 'profile rbd' osd 'profile rbd pool=POOL' (see the README, Ceph capabilities)"
-_LINK_ERRNOS = (errno.ETIMEDOUT, errno.ENOTCONN, errno.EIO)
 
 
 def feature_names(features: int) -> tuple[str, ...]:
     """Return the names of a feature mask as `rbd` prints them."""
     return tuple(name for bit, name in _FEATURE_NAMES.items() if features & bit)
-
-
-def error_from(code: int, doing: str) -> SiphonError:
-    """Return the error that stands for errno `code` met while `doing`."""
-    words = f"{doing}: {os.strerror(code)}"
-    if code == errno.ENOENT:
-        return NotFoundError(f"{doing}: it is not there")
-    if code in (errno.EPERM, errno.EACCES):
-        return SiteError(f"{doing}: permission denied", hint=_CAPS_HINT)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return SiteError(f"{doing}: the pool is full", hint="make room or raise the quota, then run the same command again")
-    if code == errno.EROFS:
-        return LockedError(f"{doing}: another client holds the image's exclusive lock")
-    if code == errno.ESHUTDOWN:
-        return LockedError(f"{doing}: fenced, another run has taken over the image")
-    if code == errno.EBUSY:
-        return LockedError(f"{doing}: the image or snapshot is in use")
-    if code in _LINK_ERRNOS:
-        return LinkError(f"{doing}: the cluster does not answer ({os.strerror(code)})")
-    return SiphonError(words)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ from agent.wire import PROTOCOL, Frame, Kind
 
 #: How long the end may take (seconds) before the process ends itself, leaving the rest to fencing.
 _LAST_GRACE = 10.0
+#: How long an error waits for the cluster's health, seconds.
+_HEALTH = 3.0
 #: Requests that may wait; the controller asks one at a time.
 _QUEUE = 4
 
@@ -104,13 +106,9 @@ class Worker:
                 answer = await self._answer(request)
             except SiphonError as error:
                 if isinstance(error, LinkError):
-                    error = self._explained(error)
+                    error = await explained(self._cluster, error)
                 answer = m.Failure(type(error).__name__, str(error), error.hint)
             self._stdio.send(answer, tag)
-
-    def _explained(self, error: LinkError) -> LinkError:
-        trouble = "; ".join(self._cluster.trouble())
-        return LinkError(f"{error} (the target cluster says: {trouble})", hint=error.hint) if trouble else error
 
     async def _answer(self, request: m.Any) -> m.Message:
         match request:
@@ -127,7 +125,6 @@ class Worker:
             case m.Create():
                 return await self._create(request)
             case m.Begin():
-                await blocking(self._refuse_full, self._held.replica.spec.pool)
                 return m.Begun(await self._held.begin(request.step, discard=request.discard))
             case m.Commit():
                 await self._held.commit(request.checkpoint, request.origin, self._stdio.timeout)
@@ -192,6 +189,7 @@ class Worker:
                 return seen
         finally:
             await blocking(image.close)
+        await blocking(self._refuse_full, spec.pool)  # or taking the lock would wait for room
         while True:
             found = await settled_footing(pool, seen)
             stand = found.standing if seen.mark else None
@@ -299,16 +297,27 @@ async def run_worker(settings: ClusterSettings, reading: int, writing: int, time
         with ungrouped():
             await worker.serve()
     except SiphonError as error:
+        code = error.exit_code
+        hanging = isinstance(error, LinkError)
+        if hanging:
+            error = await explained(cluster, error)
         say(f"worker ends: {error}")
         with contextlib.suppress(OSError):
             stdio.send(m.Failure(type(error).__name__, str(error), error.hint))
-        code = error.exit_code
-        if isinstance(error, LinkError):
+        if hanging:
             # Operations may hang in librbd: closing would wait for them.
             _leave(code)
     loop.call_later(_LAST_GRACE, _leave, code)
     await blocking(cluster.close)
     return code
+
+
+async def explained(cluster: Cluster, error: SiphonError) -> SiphonError:
+    """Return the error with what the cluster's health says about it, if that is to be had soon."""
+    asking = asyncio.get_running_loop().run_in_executor(None, cluster.trouble)
+    done, _ = await asyncio.wait([asking], timeout=_HEALTH)
+    trouble = "; ".join(asking.result()) if done else ""
+    return LinkError(f"{error} (the target cluster says: {trouble})", hint=error.hint) if trouble else error
 
 
 async def _refuse_everything(stdio: Stdio, error: SiphonError) -> int:

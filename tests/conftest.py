@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT / "deploy"), str(PROJECT / "tests")]
 
 from lablib.lab import Lab  # noqa: E402  # found only after the path is set
+
+if TYPE_CHECKING:
+    from support import Pair
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +40,14 @@ def lab() -> Iterator[Lab]:
     yield lab
     os.environ.clear()
     os.environ.update(saved)
+
+
+@pytest.fixture(scope="session")
+def pair(lab: Lab) -> Iterator[Pair]:
+    """Both sites, through Ceph's own bindings and through the agent."""
+    from support import Pair, Site  # needs rados, which unit tests do without
+
+    source, target = Site(lab.source, "vms"), Site(lab.target, "vms-dr")
+    yield Pair(lab, source, target)
+    source.close()
+    target.close()

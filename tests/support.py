@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -214,6 +215,7 @@ class Run:
 
     def __init__(self) -> None:
         self.events: list[e.Event] = []
+        self.times: list[float] = []
         self.words: list[str] = []
         self.result: e.Result
 
@@ -224,6 +226,7 @@ class Run:
 
     def emit(self, event: e.Event) -> None:
         self.events.append(event)
+        self.times.append(time.monotonic())
         if not isinstance(event, e.Progress):
             print(event)
 

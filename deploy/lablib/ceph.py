@@ -6,6 +6,7 @@ It runs without systemd, listens on loopback only, keeps cephx on and never read
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import time
 import uuid
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import daemons, ports
-from .say import LabError, run
+from .say import LabError, note, run
 
 GIB = 1 << 30
 #: Two for the monitor, the rest for what the OSD and the manager bind.
@@ -123,6 +124,8 @@ class Cluster:
         if self._pid(kind) is None:
             for socket in (self.home / "run").glob(f"{kind}.*.asok"):
                 socket.unlink()
+            if kind == "mon" and not all(map(ports.is_free, self._monitor_ports())):
+                self._move()
             name = "0" if kind == "osd" else "a"
             run([f"ceph-{kind}", "-i", name, "-c", str(self.conf)], env={"CEPH_ARGS": ""})
 
@@ -175,6 +178,11 @@ class Cluster:
         for folder in ("mon", "mgr", "osd", "run", "log", "crash"):
             (self.home / folder).mkdir(parents=True)
         fsid, port = str(uuid.uuid4()), ports.free(PORTS)
+        self._configure(fsid, port)
+        self._keys()
+        self._mkfs(fsid, port)
+
+    def _configure(self, fsid: str, port: int) -> None:
         self.conf.write_text(
             CONF.format(
                 fsid=fsid,
@@ -187,8 +195,30 @@ class Cluster:
                 block=24 * GIB,
             )
         )
-        self._keys()
-        self._mkfs(fsid, port)
+
+    def _monitor_ports(self) -> tuple[int, int]:
+        """Return the ports of the monitor as its configuration names them."""
+        found = re.search(rf"mon host = \[v2:{ports.LOOPBACK}:(\d+),v1:{ports.LOOPBACK}:(\d+)\]", self.conf.read_text())
+        if found is None:
+            raise LabError(f"{self.conf} is not the lab's any more; start anew with: deploy/lab down --wipe")
+        return int(found[1]), int(found[2])
+
+    def _move(self) -> None:
+        """Give the cluster other ports: somebody took the monitor's while it was down."""
+        taken, port = self._monitor_ports()[0], ports.free(PORTS)
+        note(f"port {taken} was taken while the {self.name} cluster was down; its monitor moves to {port}")
+        fsid = re.search(r"fsid = (\S+)", self.conf.read_text())
+        assert fsid is not None
+        self._configure(fsid[1], port)
+        conf, monmap = ["-i", "a", "-c", str(self.conf)], str(self.home / "monmap")
+        run(["ceph-mon", *conf, "--extract-monmap", monmap], env={"CEPH_ARGS": ""})
+        run(["monmaptool", "--rm", "a", monmap])
+        run(["monmaptool", "--addv", "a", self._monitor_address(port), monmap])
+        run(["ceph-mon", *conf, "--inject-monmap", monmap], env={"CEPH_ARGS": ""})
+
+    @staticmethod
+    def _monitor_address(port: int) -> str:
+        return f"[v2:{ports.LOOPBACK}:{port},v1:{ports.LOOPBACK}:{port + 1}]"
 
     def _keys(self) -> None:
         ring = self.home / "keyring"
@@ -210,8 +240,7 @@ class Cluster:
         conf = ["-c", str(self.conf)]
         quiet = {"CEPH_ARGS": ""}
         monmap = self.home / "monmap"
-        address = f"[v2:{ports.LOOPBACK}:{port},v1:{ports.LOOPBACK}:{port + 1}]"
-        run(["monmaptool", "--create", "--clobber", "--fsid", fsid, "--addv", "a", address, str(monmap)])
+        run(["monmaptool", "--create", "--clobber", "--fsid", fsid, "--addv", "a", self._monitor_address(port), str(monmap)])
         ring = str(self.home / "keyring")
         run(["ceph-mon", "--mkfs", "-i", "a", *conf, "--monmap", str(monmap), "--keyring", ring], env=quiet)
         self.start("mon")

@@ -56,6 +56,14 @@ class Lab:
             self.source.up(SOURCE_POOLS)
             self.target.up(TARGET_POOLS)
         self.ssh.up(self.far_environment)
+        self._tools()
+
+    def _tools(self) -> None:
+        """Write `rbd-target`, which is `rbd` on the target cluster: a file, so that it works in any shell."""
+        tool = self.home / "bin" / "rbd-target"
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f'#!/bin/sh\nCEPH_ARGS= exec rbd -c {self.target.conf} --id siphon "$@"\n')
+        tool.chmod(0o755)
 
     def down(self) -> None:
         """Stop every process of the lab; its files stay."""
@@ -80,7 +88,7 @@ class Lab:
             **self.source.environment,
             "RBD_SIPHON_SSH_CONFIG": str(self.ssh.client_config),
             "SIPHON_LAB": str(self.home),
-            "PATH": self._path(os.environ.get("PATH", "/usr/bin:/bin")),
+            "PATH": f"{self.home / 'bin'}:{self._path(os.environ.get('PATH', '/usr/bin:/bin'))}",
         }
 
     def _path(self, rest: str) -> str:

@@ -12,13 +12,16 @@ def free(count: int) -> int:
     """Return the first of `count` consecutive ports that nothing listens on."""
     for _ in range(200):
         first = random.randrange(20_000, 30_000 - count)  # noqa: S311  # not a secret
-        if all(_is_free(port) for port in range(first, first + count)):
+        if all(is_free(port) for port in range(first, first + count)):
             return first
     raise OSError("no free ports between 20000 and 30000")
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Tell whether nothing listens on `port`."""
     with socket.socket() as probe:
+        # As daemons do: a connection that lingers in TIME_WAIT is nobody's.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
         except OSError:

@@ -88,7 +88,7 @@ class Server:
         for name in ("host_key", "user_key"):
             if not (self.home / name).exists():
                 run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"lab {name}", "-f", str(self.home / name)])
-        if not (self.home / "port").exists():
+        if not (self.home / "port").exists() or not ports.is_free(self.port):
             (self.home / "port").write_text(str(ports.free(1)))
         self._configure(environment)
         run([SSHD, "-f", str(self.home / "sshd_config"), "-E", str(self.home / "sshd.log")])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
+import rbd
 
 from support import MIB, SIPHON, Pair, command, fill, json_lines, unique, worker_pids
 
@@ -292,3 +297,123 @@ def test_increments_go_on_as_the_least_privileged_user(pair: Pair) -> None:
         assert done.returncode == 0, done.stderr
     assert len(pair.same(name)) == 1
     assert len(pair.source.snapshots(name)) == 1
+
+
+def test_an_image_that_somebody_else_locked_is_exit_code_5_with_who(pair: Pair) -> None:
+    name = pair.new("held")
+    assert sync(pair, name).returncode == 0
+    fill(pair.source, name, 2)
+    with pair.target.image(name) as image:
+        image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+        done = sync(pair, name)
+        assert done.returncode == 5, done.stderr
+        assert pair.target.address in done.stderr
+    assert sync(pair, name).returncode == 0
+    pair.same(name)
+
+
+#: Passes standard input on to a command, with one bit of it turned over at an offset.
+TAMPER = """
+import subprocess, sys
+at, seen = int(sys.argv[1]), 0
+far = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE)
+while data := bytearray(sys.stdin.buffer.raw.read(65536)):
+    if seen <= at < seen + len(data):
+        data[at - seen] ^= 1
+    seen += len(data)
+    far.stdin.write(data)
+    far.stdin.flush()
+far.stdin.close()
+far.wait()
+"""
+
+
+def test_data_that_arrives_changed_is_exit_code_6_and_nothing_is_committed(
+    pair: Pair, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name = pair.new("tampered")
+    script = tmp_path_factory.mktemp("tamper") / "tamper.py"
+    script.write_text(TAMPER)
+    worker = f"{sys.executable} {script} {3 * MIB} rbd-siphon worker"
+    done = sync(pair, name, "--worker-command", worker, "--attempts", "1")
+    assert done.returncode == 6, done.stderr
+    assert "arrived damaged" in done.stderr
+    assert pair.target.snapshots(name) == []
+    assert sync(pair, name).returncode == 0
+    pair.same(name)
+
+
+def test_a_terminal_shows_step_amount_rate_and_time_left(pair: Pair) -> None:
+    name = big(pair, "terminal")
+
+    async def go() -> bytes:
+        async with pair.relay(rate=24e6) as (_, config):
+            return await asyncio.to_thread(on_terminal, pair, name, str(config))
+
+    shown = asyncio.run(go()).decode()
+    assert re.search(r"step 1 of 1 · [\d.]+ MiB of 96\.0 MiB · [\d.]+ MiB/s · ETA [\d.]+ s · \(nothing\) → siphon-", shown), shown
+    pair.same(name)
+
+
+def on_terminal(pair: Pair, name: str, config: str) -> bytes:
+    """Run a sync whose standard error is a terminal, and return what that showed."""
+    import pty
+
+    master, slave = pty.openpty()
+    words = [SIPHON, "sync", f"vms/{name}", pair.place(name), "--ssh-config", config]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    running = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=slave, env=env)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
+        while data := os.read(master, 65536):
+            shown += data
+    os.close(master)
+    assert running.wait() == 0, shown
+    return shown
+
+
+def test_attempt_and_trouble_are_told_unless_quiet(pair: Pair) -> None:
+    name = big(pair, "retry")
+
+    async def go(*words: str) -> subprocess.CompletedProcess[str]:
+        async with pair.relay(cut_after=20 * MIB, rate=30e6) as (_, config):
+            return await asyncio.to_thread(sync, pair, name, "--ssh-config", str(config), *words)
+
+    told = asyncio.run(go())
+    assert told.returncode == 0, told.stderr
+    assert "attempt 1 failed: the connection to the target site broke" in told.stderr
+    assert "2 attempts" in told.stdout
+    with pair.source.image(name) as image:
+        image.write(random.Random(7).randbytes(40 * MIB), 0)
+    quiet = asyncio.run(go("--quiet"))
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    pair.same(name)
+
+
+def test_a_pool_that_fills_up_in_mid_step_is_told_and_the_step_goes_on_once_there_is_room(pair: Pair) -> None:
+    pool, target = unique("fills"), pair.lab.target
+    target.pool(pool)
+    target.ceph("osd", "pool", "set-quota", pool, "max_bytes", str(8 * MIB))
+    name = big(pair, "filling")
+
+    async def go() -> subprocess.CompletedProcess[str]:
+        async with pair.relay(rate=8e6) as (_, config):
+            words = ("sync", f"vms/{name}", f"dr-site:{pool}", "--ssh-config", str(config), "--timeout", "5")
+            return await asyncio.to_thread(command, *words)
+
+    full = asyncio.run(go())
+    assert full.returncode == 4, full.stderr
+    assert "1 pool(s) full" in full.stderr
+    assert f"the target's pool '{pool}' is full" in full.stderr
+    target.ceph("osd", "pool", "set-quota", pool, "max_bytes", "0")
+    deadline = time.monotonic() + 30
+    while "full_quota" in target.ceph("osd", "pool", "ls", "detail"):
+        assert time.monotonic() < deadline, "the quota is still in force"
+        time.sleep(0.2)
+    result = json_lines(command("sync", f"vms/{name}", f"dr-site:{pool}", "--json").stdout)[-1]
+    assert result["state"] == "committed"
+    assert result["resumed_from"] > 0
+    end = result["end"]
+    assert pair.target.digest(name, end, pool=pool) == pair.source.digest(name, end)
+    target.ceph("osd", "pool", "delete", pool, pool, "--yes-i-really-really-mean-it")
