@@ -212,8 +212,9 @@ class Cluster:
         self._configure(fsid[1], port)
         conf, monmap = ["-i", "a", "-c", str(self.conf)], str(self.home / "monmap")
         run(["ceph-mon", *conf, "--extract-monmap", monmap], env={"CEPH_ARGS": ""})
-        run(["monmaptool", "--rm", "a", monmap])
-        run(["monmaptool", "--addv", "a", self._monitor_address(port), monmap])
+        # monmaptool takes the fsid of whatever configuration it finds, so it is told ours.
+        for words in (("--rm", "a"), ("--addv", "a", self._monitor_address(port))):
+            run(["monmaptool", "-c", str(self.conf), *words, monmap])
         run(["ceph-mon", *conf, "--inject-monmap", monmap], env={"CEPH_ARGS": ""})
 
     @staticmethod
