@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -216,7 +217,7 @@ class Pool:
         return Image(opened, where)
 
     def create(self, image: str, shape: Shape, data_pool: str) -> None:
-        """Create an empty image; ConflictError if one of that name exists."""
+        """Create an empty image, with the cluster's usual features where the shape names none; ConflictError if it exists."""
         striping: dict[str, int] = {}
         if shape.stripe_count > 1:
             striping = {"stripe_unit": shape.stripe_unit, "stripe_count": shape.stripe_count}
@@ -227,7 +228,7 @@ class Pool:
                     image,
                     shape.size,
                     order=shape.order,
-                    features=shape.features,
+                    features=shape.features or None,
                     data_pool=data_pool or None,
                     **striping,
                 )
@@ -351,12 +352,33 @@ class Image:
             else:
                 self._image.set_snap_by_id(snapshot)
 
-    def diff(self, offset: int, length: int, base: str | None, *, whole_object: bool) -> Extents:
+    def diff(self, offset: int, length: int, base: str | None, *, whole_object: bool, join: bool = True) -> Extents:
         """Return what changed from the snapshot named `base` (None: from nothing) to what is open here."""
-        found = Extents()
+        found = Extents(join=join)
         with _explained(f"comparing {self.spec} with {base or 'nothing'}"):
             self._image.diff_iterate(offset, length, base, found.add, include_parent=True, whole_object=whole_object)
         return found
+
+    def taken_at(self, snapshot: int) -> str:
+        """Return when a snapshot was taken (UTC, ISO 8601)."""
+        with _explained(f"reading the snapshots of {self.spec}"):
+            taken: datetime = self._image.get_snap_timestamp(snapshot)
+            return taken.replace(tzinfo=UTC).isoformat(timespec="seconds")
+
+    def is_protected(self, name: str) -> bool:
+        """Tell whether the snapshot of that name is protected."""
+        with _explained(f"reading the snapshots of {self.spec}"):
+            return bool(self._image.is_protected_snap(name))
+
+    def unprotect(self, name: str) -> None:
+        """Let the snapshot of that name be removed again."""
+        with _explained(f"unprotecting {self.spec}@{name}"):
+            self._image.unprotect_snap(name)
+
+    def protect(self, name: str) -> None:
+        """Keep the snapshot of that name from being removed."""
+        with _explained(f"protecting {self.spec}@{name}"):
+            self._image.protect_snap(name)
 
     def metadata(self) -> dict[str, str]:
         """Return all of the image's metadata."""

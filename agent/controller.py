@@ -275,7 +275,7 @@ class Sync:
             async with self._progress(session, step, place, tally, start):
                 total = await send_step(session, image, step, start, tally)
                 # What was read is the snapshot's content only if the snapshot is still there.
-                await blocking(require, pool, source.spec, step)
+                await blocking(require, pool, source.spec, step.base, step.end)
                 origin = Origin(source.identity, step.end, _now())
                 seen = await session.ask(m.Commit(checkpoint=total, origin=origin), m.Seen)
         finally:

@@ -9,7 +9,7 @@ A stream is a banner, then records of a tag byte and a payload, all integers lit
 
 (Ceph: doc/dev/rbd-diff.rst.) `Decoder` takes bytes in pieces of any size and gives events; data
 comes as it arrives and is never gathered whole. It has three outcomes: events, need more (an empty
-list), or FormatError. The functions below it return the bytes of one record.
+list), or FormatError. `Encoder` returns the bytes of one record.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ BANNER_V1 = b"rbd diff v1\n"
 BANNER_V2 = b"rbd diff v2\n"
 #: Longest snapshot name taken (librbd's names are far shorter), so that a damaged length allocates nothing.
 MAX_NAME = 4096
+#: Largest offset or length taken; librbd's images end far below, and a damaged one shows here.
+MAX_EXTENT = 1 << 62
 
 
 class FormatError(UsageError):
@@ -66,8 +68,17 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
+class DataRecord:
+    """A record of changed data begins; its data follow as they arrive, from byte `position` of the stream."""
+
+    offset: int
+    length: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Data:
-    """A piece of changed data; a record may give several."""
+    """A piece of a record's data; a record may give several."""
 
     offset: int
     data: bytes
@@ -86,38 +97,59 @@ class End:
     """The stream is complete."""
 
 
-Event = Banner | FromSnapshot | ToSnapshot | Protected | Size | Data | Zero | End
+Event = Banner | FromSnapshot | ToSnapshot | Protected | Size | DataRecord | Data | Zero | End
 
 
 class Decoder:
-    """Turns the bytes of one diff into events."""
+    """Turns the bytes of one diff into events.
 
-    def __init__(self) -> None:
+    `position` counts the bytes taken. An `embedded` diff may be followed by something else, which
+    `rest` gives back; its positions count from `position` on.
+    """
+
+    def __init__(self, *, embedded: bool = False, position: int = 0) -> None:
+        self.position = position
+        self._embedded = embedded
         self._buffer = bytearray()
         self._events: list[Event] = []
         self._done = False
         self._expected = "the banner"
-        self._position = 0
+        self._left = 0
         self._parser = self._parse()
         next(self._parser)
 
     def feed(self, data: bytes) -> list[Event]:
         """Take the next bytes and return what they complete; FormatError on damage."""
         self._buffer += data
-        if self._done and self._buffer:
-            raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self._position}")
+        if self._done and self._buffer and not self._embedded:
+            raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self.position}")
         self._parser.send(None)
         # Copied, not replaced: the parser may be in the middle of appending to this very list.
         events = self._events.copy()
         self._events.clear()
         return events
 
+    def pass_over(self) -> int:
+        """Leave out what is still to come of the data record at hand; return how many bytes not to feed."""
+        left, self._left = self._left, 0
+        self.position += left
+        return left
+
+    @property
+    def done(self) -> bool:
+        """Whether the end record has been read."""
+        return self._done
+
+    def rest(self) -> bytes:
+        """Return and forget what was fed behind the end of an embedded diff."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
     def end(self) -> None:
         """Say that no more bytes come; FormatError if the diff is not complete."""
         if not self._done:
-            raise FormatError(
-                f"the diff is truncated: it ends at byte {self._position + len(self._buffer)} within {self._expected}"
-            )
+            raise FormatError(f"the diff is truncated: it ends at byte {self.position + len(self._buffer)} within {self._expected}")
 
     def _take(self, size: int, what: str) -> Generator[None, None, bytes]:
         self._expected = what
@@ -125,7 +157,7 @@ class Decoder:
             yield
         taken = bytes(self._buffer[:size])
         del self._buffer[:size]
-        self._position += size
+        self.position += size
         return taken
 
     def _integer(self, size: int, what: str) -> Generator[None, None, int]:
@@ -143,12 +175,12 @@ class Decoder:
         self._events.append(End())
         self._done = True
         while True:
-            if self._buffer:
-                raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self._position}")
+            if self._buffer and not self._embedded:
+                raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self.position}")
             yield
 
     def _record(self, tag: bytes, version: int) -> Generator[None, None, None]:
-        where = self._position - 1
+        where = self.position - 1
         length = (yield from self._integer(8, f"a {tag!r} record's length")) if version == 2 else None
         if tag in b"ft":
             name = yield from self._name(tag, where)
@@ -159,7 +191,10 @@ class Decoder:
             yield from self._data(length, where)
         elif tag == b"z":
             offset = yield from self._integer(8, "a zero record")
-            self._events.append(Zero(offset, (yield from self._integer(8, "a zero record"))))
+            count = yield from self._integer(8, "a zero record")
+            if offset > MAX_EXTENT or count > MAX_EXTENT:
+                raise FormatError(f"the zero record at byte {where} lies at {offset} and has {count} bytes")
+            self._events.append(Zero(offset, count))
         elif tag == b"p" and version == 2:
             # Ceph 16.2 says that eight bytes follow and writes one; 18.2 says one. One it is.
             self._events.append(Protected((yield from self._integer(1, "the protection status")) != 0))
@@ -182,15 +217,19 @@ class Decoder:
         left = yield from self._integer(8, "a data record")
         if length is not None and length != left + 16:
             raise FormatError(f"the data record at byte {where} gives two lengths: {length} and {left} + 16")
+        if left > MAX_EXTENT or offset > MAX_EXTENT:
+            raise FormatError(f"the data record at byte {where} lies at {offset} and has {left} bytes")
+        self._events.append(DataRecord(offset, left, self.position))
         self._expected = f"the data record at byte {where} ({left} bytes)"
-        while left:
+        self._left = left
+        while self._left:
             if not self._buffer:
                 yield
                 continue
-            piece = yield from self._take(min(left, len(self._buffer)), self._expected)
+            piece = yield from self._take(min(self._left, len(self._buffer)), self._expected)
             self._events.append(Data(offset, piece))
             offset += len(piece)
-            left -= len(piece)
+            self._left -= len(piece)
 
     def _skip(self, length: int, tag: bytes) -> Generator[None, None, None]:
         while length:
@@ -202,34 +241,41 @@ class Decoder:
                 yield
 
 
-def from_snapshot(name: str) -> bytes:
-    """Return a v1 record that names the start point."""
-    return b"f" + _string(name)
+class Encoder:
+    """Returns the bytes of records, of version 1 (what `rbd import-diff` takes) or 2 (inside image format 2)."""
 
+    def __init__(self, version: int = 1) -> None:
+        self.banner = BANNER_V1 if version == 1 else BANNER_V2
+        self.end = b"e"
+        self._version = version
 
-def to_snapshot(name: str) -> bytes:
-    """Return a v1 record that names the end point."""
-    return b"t" + _string(name)
+    def from_snapshot(self, name: str) -> bytes:
+        """Return a record that names the start point."""
+        return self._named(b"f", name)
 
+    def to_snapshot(self, name: str) -> bytes:
+        """Return a record that names the end point."""
+        return self._named(b"t", name)
 
-def size(value: int) -> bytes:
-    """Return a v1 record of the image's size at the end point."""
-    return struct.pack("<cQ", b"s", value)
+    def protected(self, *, protected: bool) -> bytes:
+        """Return a record that tells whether the end snapshot is protected (version 2 only)."""
+        return self._head(b"p", 1) + bytes((protected,))
 
+    def size(self, value: int) -> bytes:
+        """Return a record of the image's size at the end point, bytes."""
+        return self._head(b"s", 8) + struct.pack("<Q", value)
 
-def data_header(offset: int, length: int) -> bytes:
-    """Return what precedes `length` bytes of changed data in a v1 diff."""
-    return struct.pack("<cQQ", b"w", offset, length)
+    def data_header(self, offset: int, length: int) -> bytes:
+        """Return what precedes `length` bytes of changed data."""
+        return self._head(b"w", 16 + length) + struct.pack("<QQ", offset, length)
 
+    def zero(self, offset: int, length: int) -> bytes:
+        """Return a record of a zeroed extent."""
+        return self._head(b"z", 16) + struct.pack("<QQ", offset, length)
 
-def zero(offset: int, length: int) -> bytes:
-    """Return a v1 record of a zeroed extent."""
-    return struct.pack("<cQQ", b"z", offset, length)
+    def _named(self, tag: bytes, name: str) -> bytes:
+        raw = name.encode()
+        return self._head(tag, 4 + len(raw)) + struct.pack("<I", len(raw)) + raw
 
-
-END = b"e"
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<I", len(raw)) + raw
+    def _head(self, tag: bytes, length: int) -> bytes:
+        return tag if self._version == 1 else tag + struct.pack("<Q", length)

@@ -10,9 +10,10 @@ _WINDOW_OBJECTS = 512 << 10
 
 
 class Extents:
-    """Extents in ascending order, neighbours of one kind joined, 24 bytes each."""
+    """Extents as librbd lists them, 24 bytes each; neighbours of one kind are joined unless `join` is False."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, join: bool = True) -> None:
+        self._join = join
         self._numbers = array("Q")  # start, end, holds data
         self.bytes = 0
 
@@ -20,7 +21,7 @@ class Extents:
         """Append an extent that lies behind all others; `exists` is False for one that holds zeros."""
         numbers = self._numbers
         self.bytes += length
-        if numbers and numbers[-2] == offset and numbers[-1] == exists:
+        if self._join and numbers and numbers[-2] == offset and numbers[-1] == exists:
             numbers[-2] = offset + length
         else:
             numbers.extend((offset, offset + length, int(exists)))

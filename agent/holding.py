@@ -16,7 +16,7 @@ import msgspec
 from agent.cluster import Image, Pool
 from agent.continuity import hand_of
 from agent.errors import LockedError
-from agent.model import Guard, Hand, ImageSpec, Replica, encode
+from agent.model import Guard, Hand, ImageSpec, encode
 from agent.names import guard_object
 from agent.survey import Footing, footing, read_guard
 from agent.threads import blocking
@@ -68,28 +68,28 @@ class Holding:
         await blocking(_write, self.pool, self._image_id, guard)
 
 
-async def settled_footing(pool: Pool, replica: Replica) -> Footing:
+async def settled_footing(pool: Pool, spec: ImageSpec, image_id: str, *, unfinished: bool) -> Footing:
     """Return the footing of an image, after a worker of ours that is on its way out had a moment to leave.
 
     LockedError if a living client that is none of ours owns the lock, or has an image open that is
-    in the middle of a step.
+    in the middle of a step (`unfinished`).
     """
-    found = await _unowned(pool, replica, _LEAVES_SOON)
+    found = await _unowned(pool, spec, image_id, _LEAVES_SOON)
     strangers = found.strangers
-    if found.owner in strangers or (strangers and replica.mark is not None):
+    if found.owner in strangers or (strangers and unfinished):
         who = found.owner if found.owner in strangers else ", ".join(strangers)
         raise LockedError(
-            f"{replica.spec} is {'locked' if found.owner in strangers else 'open for writing'} by another client, {who}",
-            hint=f"find it at the target with: rbd status '{replica.spec}'; rbd lock ls '{replica.spec}'",
+            f"{spec} is {'locked' if found.owner in strangers else 'open for writing'} by another client, {who}",
+            hint=f"find it with: rbd status '{spec}'; rbd lock ls '{spec}'",
         )
     return found
 
 
-async def _unowned(pool: Pool, replica: Replica, patience: float) -> Footing:
+async def _unowned(pool: Pool, spec: ImageSpec, image_id: str, patience: float) -> Footing:
     """Look until no worker of ours owns the lock, at most for `patience` seconds."""
     until = asyncio.get_running_loop().time() + patience
     while True:
-        found = await blocking(footing, pool, replica)
+        found = await blocking(footing, pool, spec, image_id)
         if hand_of(found.owner, found.guard) is None or asyncio.get_running_loop().time() > until:
             return found
         # librbd tells nobody when a lock is given back: looking again is all there is.
@@ -97,7 +97,7 @@ async def _unowned(pool: Pool, replica: Replica, patience: float) -> Footing:
 
 
 async def take(
-    pool: Pool, replica: Replica, found: Footing, me: Hand, *, trusted: bool, say: Callable[[str], None]
+    pool: Pool, spec: ImageSpec, image_id: str, found: Footing, me: Hand, *, trusted: bool, say: Callable[[str], None]
 ) -> Holding | None:
     """Open the image for writing and take its lock; None if its owner left meanwhile: look again.
 
@@ -105,25 +105,25 @@ async def take(
     up, too; anybody else's lock is respected with a LockedError. `trusted` says that the content is
     proven; `say` gets a line about what was decided.
     """
-    image = await blocking(pool.open, replica.spec.image, writable=True)
+    image = await blocking(pool.open, spec.image, writable=True)
     try:
         owner = hand_of(found.owner, found.guard)
         keeps = found.version if found.guard and found.guard.version == found.version else 0
         guard = Guard(holder=me, state="taking", replaced=owner, version=keeps, trusted=trusted)
-        await blocking(_write, pool, replica.image_id, guard)
+        await blocking(_write, pool, image_id, guard)
         try:
             await _lock(image, owner, me, say)
         except LockedError:
-            await _withdraw(pool, replica.image_id, guard, found.guard)
+            await _withdraw(pool, image_id, guard, found.guard)
             raise
         holding = Holding(pool, image, msgspec.structs.replace(guard, state="holding", version=0))
         await holding.confirm()
     except LockedError:
         await blocking(image.close)
-        now = await _unowned(pool, replica, _LEAVES_AT_LAST)
+        now = await _unowned(pool, spec, image_id, _LEAVES_AT_LAST)
         if now.owner != found.owner and not now.strangers:
             return None
-        raise _held(replica.spec, now) from None
+        raise _held(spec, now) from None
     except BaseException:
         await blocking(image.close)
         raise

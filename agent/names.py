@@ -17,6 +17,7 @@ METADATA_PREFIX = "siphon."
 LINEAGE_KEY = METADATA_PREFIX + "lineage"
 MARK_KEY = METADATA_PREFIX + "step"
 ORIGIN_PREFIX = METADATA_PREFIX + "origin."
+DIFF_KEY = METADATA_PREFIX + "diff"
 PEER_PREFIX = METADATA_PREFIX + "peer."
 
 _OWN = re.compile(r"siphon-\d{8}T\d{6}Z-(?P<tag>[0-9a-f]{6})[0-9a-f]{4}")

@@ -20,7 +20,7 @@ _SEGMENT_SECONDS = 2.0
 async def send_step(session: Session, image: Image, step: Step, start: Checkpoint, tally: Tally) -> Checkpoint:
     """Send what `step` changes from `start` on, and return the checkpoint that stands for all of it."""
     sender = _Sender(session, start)
-    async with reading(image, step, start.until, tally) as pieces:
+    async with reading(image, step.base, step.end, start.until, tally) as pieces:
         async for piece in pieces:
             checksum = await session.send(sender.at.segments, piece.offset, piece.length, piece.data)
             sender.sent(checksum, piece.offset + piece.length, 0 if piece.data is None else piece.length)

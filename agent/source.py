@@ -17,7 +17,7 @@ from agent.budget import Budget
 from agent.cluster import Image, Pool
 from agent.errors import NotFoundError, SiphonError
 from agent.extents import Extents, pieces, windows
-from agent.model import ImageIdentity, ImageSpec, Snapshot, Source, Step
+from agent.model import ImageIdentity, ImageSpec, Snapshot, Source
 from agent.threads import blocking
 from agent.zeros import runs
 
@@ -55,14 +55,14 @@ def observe(pool: Pool, spec: ImageSpec, fsid: str) -> Source:
         return Source(spec, ImageIdentity(fsid, image.id()), image.size(), image.snapshots())
 
 
-def require(pool: Pool, spec: ImageSpec, step: Step) -> None:
-    """See that a step's snapshots still exist, by identity; NotFoundError if one is gone (blocks).
+def require(pool: Pool, spec: ImageSpec, base: Snapshot | None, end: Snapshot | None) -> None:
+    """See that the snapshots between which was read still exist, by identity; NotFoundError if one is gone (blocks).
 
     What was read before is true only then: of a removed snapshot librbd returns other versions' data.
     """
     with pool.open(spec.image) as image:
         there = image.snapshots()
-    for each in (step.base, step.end):
+    for each in (base, end):
         if each is not None and each not in there:
             raise NotFoundError(f"snapshot {spec}@{each.name} (id {each.id}) was removed while it was being sent")
 
@@ -105,13 +105,51 @@ async def changed(
         tally.walked = window + span
 
 
-@asynccontextmanager
-async def reading(image: Image, step: Step, start: int, tally: Tally) -> AsyncIterator[AsyncIterator[Piece]]:
-    """Read what a step changes from `start` on: yields an iterator of pieces in ascending order.
+async def listed(image: Image, base: Snapshot | None, end: Snapshot | None, *, whole_object: bool) -> AsyncIterator[Extents]:
+    """Yield what changed from `base` to `end` (None: the present content) exactly as `rbd diff` lists it, only sooner.
 
-    The image must be open for reading and nobody else may use it meanwhile.
+    librbd walks an image by sets of objects, so asking it for the sets alone that the object map names
+    gives the same extents in the same order.
     """
-    reader = _Reader(image, step, tally)
+    trusted = await blocking(fast, image, base, end)
+    name = base.name if base is not None else None
+    size = await blocking(image.size)
+    period = (await blocking(image.shape)).period
+    step = max(1, _EXACT // period) * period
+    for window, span in windows(0, size, period):
+        if whole_object:
+            yield await blocking(image.diff, window, span, name, whole_object=True, join=False)
+            continue
+        sets = [(window, span)]
+        if trusted:
+            sets = _sets(await blocking(image.diff, window, span, name, whole_object=True), period, size)
+        for start, length in sets:
+            for at, count in pieces(start, length, step):
+                yield await blocking(image.diff, at, count, name, whole_object=False, join=False)
+
+
+def _sets(objects: Extents, period: int, size: int) -> list[tuple[int, int]]:
+    """Return the sets of objects that `objects` touch, neighbours joined, as (offset, length)."""
+    joined: list[tuple[int, int]] = []
+    for offset, length, _ in sorted(objects):
+        start, end = offset // period * period, min(size, -(-(offset + length) // period) * period)
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return [(start, end - start) for start, end in joined]
+
+
+@asynccontextmanager
+async def reading(
+    image: Image, base: Snapshot | None, end: Snapshot | None, start: int, tally: Tally
+) -> AsyncIterator[AsyncIterator[Piece]]:
+    """Read what changed from `base` to `end` (None: the present content), from `start` on.
+
+    Yields an iterator of pieces in ascending order. The image must be open for reading and nobody
+    else may use it meanwhile.
+    """
+    reader = _Reader(image, base, end, tally)
     try:
         async with asyncio.TaskGroup() as group:
             # The group ends the body if the producer fails, and the producer if the body does.
@@ -125,9 +163,10 @@ async def reading(image: Image, step: Step, start: int, tally: Tally) -> AsyncIt
 class _Reader:
     """Reads ahead: `produce` starts reads as the budget allows, `consume` takes them in order."""
 
-    def __init__(self, image: Image, step: Step, tally: Tally) -> None:
+    def __init__(self, image: Image, base: Snapshot | None, end: Snapshot | None, tally: Tally) -> None:
         self._image = image
-        self._step = step
+        self._base = base
+        self._end = end
         self._tally = tally
         self._budget = Budget(_AHEAD_BYTES)
         self._queue: asyncio.Queue[tuple[int, int, asyncio.Task[bytes] | None] | None] = asyncio.Queue(_AHEAD_READS)
@@ -135,9 +174,9 @@ class _Reader:
         self._at = 0
 
     async def produce(self, start: int) -> None:
-        step = self._step
-        trusted = await blocking(fast, self._image, step.base, step.end)
-        async for extents in changed(self._image, step.base, start, step.end.size, self._tally, trusted=trusted):
+        trusted = await blocking(fast, self._image, self._base, self._end)
+        size = await blocking(self._image.size)
+        async for extents in changed(self._image, self._base, start, size, self._tally, trusted=trusted):
             self._tally.extents += len(extents)
             for offset, length, exists in extents:
                 if offset < self._at:
@@ -147,7 +186,7 @@ class _Reader:
                 skip = min(length, max(0, start - offset))
                 if exists:
                     await self._read(offset + skip, length - skip)
-                elif step.base is not None and length > skip:
+                elif self._base is not None and length > skip:
                     await self._queue.put((offset + skip, length - skip, None))
         await self._queue.put(None)
 
@@ -172,7 +211,7 @@ class _Reader:
             for begin, end, holds in runs(offset, data):
                 if holds:
                     yield Piece(offset + begin, end - begin, view[begin:end])
-                elif self._step.base is not None:
+                elif self._base is not None:
                     yield Piece(offset + begin, end - begin, None)
             self._budget.give(length)
 

@@ -13,7 +13,7 @@ import msgspec
 from agent.cluster import Image, Pool
 from agent.continuity import Standing, hand_of, standing
 from agent.extents import Extents, pieces, windows
-from agent.model import Guard, ImageIdentity, ImageSpec, Lineage, Mark, Origin, Replica, ReplicaSnapshot, Value, decode
+from agent.model import Guard, ImageIdentity, ImageSpec, Lineage, Mark, Origin, Replica, ReplicaSnapshot, Snapshot, Value, decode
 from agent.names import LINEAGE_KEY, MARK_KEY, guard_object, origin_key
 from agent.threads import blocking
 
@@ -45,14 +45,14 @@ class Footing(Value, frozen=True):
         return standing(self.owner, self.guard, self.version)
 
 
-def footing(pool: Pool, replica: Replica) -> Footing:
+def footing(pool: Pool, spec: ImageSpec, image_id: str) -> Footing:
     """Read who owns the image's lock, its guard and its header's version (blocks)."""
     # The version first: whoever comes between makes it differ from the guard's.
-    version = pool.header_version(replica.image_id)
+    version = pool.header_version(image_id)
     # Open for reading only: looking must leave no watch that another worker would have to wonder about.
-    with pool.open(replica.spec.image) as image:
+    with pool.open(spec.image) as image:
         owner, watchers = image.lock_owner(), image.watchers()
-    return Footing(owner, watchers, read_guard(pool, replica.image_id), version)
+    return Footing(owner, watchers, read_guard(pool, image_id), version)
 
 
 def read_guard(pool: Pool, image_id: str) -> Guard | None:
@@ -91,7 +91,7 @@ async def survey(pool: Pool, spec: ImageSpec, source: ImageIdentity) -> Replica 
         replica = await blocking(described, image)
         if replica.lineage is None or replica.lineage.source != source:
             return replica
-        stand = (await blocking(footing, pool, replica)).standing if replica.mark else None
+        stand = (await blocking(footing, pool, spec, replica.image_id)).standing if replica.mark else None
         return await judged(pool, image, replica, stand)
     finally:
         await blocking(image.close)
@@ -101,20 +101,24 @@ async def judged(pool: Pool, image: Image, replica: Replica, stand: Standing | N
     """Return `replica` with its head judged: by `stand` in the middle of a step, by its content otherwise."""
     if replica.mark is not None and stand is not None:
         return msgspec.structs.replace(replica, head=_HEADS[stand])
-    differs = await _differs(pool, image, replica)
-    return msgspec.structs.replace(replica, head="touched" if differs else "clean", differs=differs)
+    found = await _differs(pool, image, replica)
+    return msgspec.structs.replace(replica, head="touched" if found else "clean", differs=found)
 
 
 async def _differs(pool: Pool, image: Image, replica: Replica) -> int:
     """Return 0 if the present content equals the newest committed snapshot, else the bytes in changed extents."""
     newest = max(replica.origins().values(), key=lambda each: each.id, default=None)
-    base = None
-    if newest is not None:
-        base = await blocking(pool.open, replica.spec.image, snapshot=newest.id)
-    name = newest.name if newest else None
+    return await differs(pool, image, Snapshot(newest.id, newest.name, newest.size) if newest else None)
+
+
+async def differs(pool: Pool, image: Image, snapshot: Snapshot | None) -> int:
+    """Return 0 if the present content equals `snapshot` (None: is empty), else the bytes in changed extents, at least 1."""
+    size = await blocking(image.size)
+    base = await blocking(pool.open, image.spec.image, snapshot=snapshot.id) if snapshot else None
+    name = snapshot.name if snapshot else None
     try:
-        total, proven = 0, newest is not None and newest.size != replica.size
-        for start, span in windows(0, replica.size, (await blocking(image.shape)).period):
+        total, proven = 0, snapshot is not None and snapshot.size != size
+        for start, span in windows(0, size, (await blocking(image.shape)).period):
             changed = await blocking(image.diff, start, span, name, whole_object=True)
             total += changed.bytes
             if not proven:

@@ -191,7 +191,7 @@ class Worker:
             await blocking(image.close)
         await blocking(self._refuse_full, spec.pool)  # or taking the lock would wait for room
         while True:
-            found = await settled_footing(pool, seen)
+            found = await settled_footing(pool, spec, seen.image_id, unfinished=seen.mark is not None)
             stand = found.standing if seen.mark else None
             if stand is not None:
                 self._say(
@@ -203,7 +203,7 @@ class Worker:
                 # Taking the lock would make it look as if the content were known.
                 return await survey(pool, spec, source)
             trusted = stand in (None, Standing.RESUMABLE) or committing
-            holding = await take(pool, seen, found, self._me(), trusted=trusted, say=self._say)
+            holding = await take(pool, spec, seen.image_id, found, self._me(), trusted=trusted, say=self._say)
             if holding is not None:
                 break
         self._writer = await opened(holding, seen, stand, self._durable)

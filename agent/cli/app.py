@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from agent import __version__
-from agent.cli import sync, worker
+from agent.cli import diffs, images, sync, worker
 
 EPILOG = (
     "Exit codes: 0 done or up to date · 1 unexpected failure · 2 usage or configuration · 3 conflict, refused to write · "
@@ -25,6 +25,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("sync", epilog=EPILOG)(sync.sync)
+for _name, _verb in (
+    ("diff", diffs.diff),
+    ("export-diff", diffs.export_diff),
+    ("import-diff", diffs.import_diff),
+    ("merge-diff", diffs.merge_diff),
+    ("inspect", images.inspect),
+    ("export", images.export),
+    ("import", images.import_),
+):
+    app.command(_name, epilog=EPILOG)(_verb)
 app.command("worker", epilog=EPILOG)(worker.worker)
 
 

@@ -38,3 +38,6 @@ SshConfig = Annotated[
 WorkerCommand = Annotated[
     str, typer.Option("--worker-command", help="How the worker is called at the target.", rich_help_panel=_SSH)
 ]
+
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds after which a silent cluster is given up.")]

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ async def _supervised(work: Coroutine[object, object, T]) -> T:
             loop.remove_signal_handler(number)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End the process now, leaving what hangs behind."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # whoever read it is gone

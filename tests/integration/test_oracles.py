@@ -11,11 +11,13 @@ import pytest
 
 from agent import diff
 from agent.cluster import Cluster
-from agent.diff import Data, Decoder, Event, FromSnapshot, Size, ToSnapshot, Zero
+from agent.diff import Data, Decoder, Encoder, Event, FromSnapshot, Size, ToSnapshot, Zero
 from agent.model import Snapshot, Step
 from agent.settings import ClusterSettings
 from agent.source import Tally, reading
 from support import MIB, Pair, fill, unique
+
+ENCODER = Encoder()
 
 
 def exported(pair: Pair, *words: str) -> bytes:
@@ -90,16 +92,16 @@ async def ours(name: str, step: Step) -> bytes:
 
     out = [diff.BANNER_V1]
     if step.base is not None:
-        out.append(diff.from_snapshot(step.base.name))
-    out += [diff.to_snapshot(step.end.name), diff.size(step.end.size)]
+        out.append(ENCODER.from_snapshot(step.base.name))
+    out += [ENCODER.to_snapshot(step.end.name), ENCODER.size(step.end.size)]
     with Cluster(ClusterSettings().completed(os.environ), 30) as cluster, cluster.pool("vms").open(name) as image:
-        async with reading(image, step, 0, Tally()) as pieces:
+        async with reading(image, step.base, step.end, 0, Tally()) as pieces:
             async for piece in pieces:
                 if piece.data is None:
-                    out.append(diff.zero(piece.offset, piece.length))
+                    out.append(ENCODER.zero(piece.offset, piece.length))
                 else:
-                    out += [diff.data_header(piece.offset, piece.length), bytes(piece.data)]
-    return b"".join([*out, diff.END])
+                    out += [ENCODER.data_header(piece.offset, piece.length), bytes(piece.data)]
+    return b"".join([*out, ENCODER.end])
 
 
 def test_the_two_step_diff_finds_what_the_exact_one_finds(pair: Pair) -> None:
@@ -122,7 +124,7 @@ async def covered(name: str, step: Step) -> bytearray:
 
     seen = bytearray(step.end.size)
     with Cluster(ClusterSettings().completed(os.environ), 30) as cluster, cluster.pool("vms").open(name) as image:
-        async with reading(image, step, 0, Tally()) as pieces:
+        async with reading(image, step.base, step.end, 0, Tally()) as pieces:
             async for piece in pieces:
                 seen[piece.offset : piece.offset + piece.length] = b"\1" * piece.length
     return seen

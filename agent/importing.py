@@ -1,0 +1,431 @@
+"""A diff or an export into an image: proven to fit before the first byte, and resumed after an interruption.
+
+`rbd import-diff` checks names. Here the start point must be the newest snapshot and the present
+content equal to it, by comparison, or a part of this very diff. How far a diff has come stands in
+the image's metadata (`siphon.diff`): the bytes of the stream that are durable, and their digest, so
+that only the same stream goes on where it stopped. That nobody else wrote meanwhile is proven as
+for a replica (agent/continuity.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from agent.budget import Budget
+from agent.cluster import EXCLUSIVE_LOCK, Cluster, Image, Pool
+from agent.continuity import Standing
+from agent.diff import Data, Event, Zero
+from agent.difffile import DiffFile
+from agent.errors import ConflictError, DataError, NotFoundError, SiphonError, UsageError
+from agent.holding import Holding, settled_footing, take
+from agent.manifest import Manifest
+from agent.merge import Header
+from agent.model import Hand, ImageIdentity, ImageSpec, Origin, Snapshot, Value, decode, encode
+from agent.names import DIFF_KEY, LINEAGE_KEY, origin_key
+from agent.survey import differs
+from agent.threads import blocking
+from agent.zeros import runs
+
+#: Writes in flight, bytes.
+_FLIGHT = 32 << 20
+#: How much is applied between two checkpoints: what an interruption at worst repeats (bytes, seconds).
+_MARK_BYTES, _MARK_SECONDS = 256 << 20, 5.0
+
+
+class DiffMark(Value, frozen=True):
+    """A diff that an image is in the middle of: `position` bytes of it, whose xxh3-128 is `digest`, are durable.
+
+    `whole` turns true when all of it is, and only the end snapshot is missing.
+    """
+
+    header: Header
+    position: int = 0
+    digest: str = ""
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user allows."""
+
+    allow_shrink: bool = False
+    unchecked: bool = False
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did; `resumed_from` is the byte of the stream at which it went on."""
+
+    state: str
+    bytes: int
+    written: int
+    resumed_from: int | None = None
+
+
+class Writes:
+    """Writes in flight on an image, bounded; `settle` waits for all of them."""
+
+    def __init__(self, image: Image) -> None:
+        self.written = 0
+        self._image = image
+        self._budget = Budget(_FLIGHT)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failed: SiphonError | None = None
+
+    async def data(self, offset: int, data: bytes) -> None:
+        """Start writing `data`."""
+        self._check()
+        await self._budget.take(len(data))
+        self._start(self._write(offset, data))
+        self.written += len(data)
+
+    async def zeros(self, offset: int, length: int) -> None:
+        """Start making an extent zero."""
+        self._check()
+        # Zeros weigh nothing, but each is an operation.
+        await self._budget.take(64 << 10)
+        self._start(self._zero(offset, length))
+
+    async def settle(self) -> None:
+        """Wait until everything is durable; raises what failed."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._check()
+        await self._image.flush()
+
+    async def abandon(self) -> None:
+        """Wait for what is in flight, whatever comes of it: nobody may close the image before."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _start(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _write(self, offset: int, data: bytes) -> None:
+        try:
+            await self._image.write(offset, data)
+        except SiphonError as error:
+            self._failed = self._failed or error
+        finally:
+            self._budget.give(len(data))
+
+    async def _zero(self, offset: int, length: int) -> None:
+        try:
+            await self._image.write_zeroes(offset, length)
+        except SiphonError as error:
+            self._failed = self._failed or error
+        finally:
+            self._budget.give(64 << 10)
+
+
+class DiffImport:
+    """One diff into one image."""
+
+    def __init__(
+        self, cluster: Cluster, pool: Pool, spec: ImageSpec, manifest: Manifest | None, options: Options, say: Callable[[str], None]
+    ) -> None:
+        self._cluster = cluster
+        self._pool = pool
+        self._spec = spec
+        self._manifest = manifest
+        self._options = options
+        self._say = say
+
+    async def run(self, diff: DiffFile) -> Imported:
+        """Apply `diff` and take its end snapshot; ConflictError if it does not fit."""
+        found = await blocking(_look, self._pool, self._spec)
+        header = diff.header
+        if self._options.unchecked:
+            found.base_of(header)
+            return await self._unchecked(diff, header)
+        if found.mark is not None and found.mark.whole and found.mark.header == header and header.end in found.snapshots:
+            return await blocking(self._finish, header, found)
+        if done := self._already(found, header):
+            return done
+        self._fits(found, header)
+        if not found.lockable:
+            self._say(f"{self._spec} has no exclusive lock: see that nobody else writes it meanwhile")
+            return await self._unlocked(diff, found)
+        footing = await settled_footing(self._pool, self._spec, found.identity.image_id, unfinished=found.mark is not None)
+        trusted = found.mark is None or footing.standing is Standing.RESUMABLE
+        holding = await take(self._pool, self._spec, found.identity.image_id, footing, self._me(), trusted=trusted, say=self._say)
+        if holding is None:
+            raise ConflictError(f"{self._spec} changed hands just now", hint="run the same command again")
+        return await self._held(diff, holding, found, resumable=found.mark is not None and trusted)
+
+    async def _held(self, diff: DiffFile, holding: Holding, found: _Found, *, resumable: bool) -> Imported:
+        finished = False
+        try:
+            result = await self._apply(diff, holding.image, found, resumable=resumable, trust=holding.trust)
+            finished = True
+            return result
+        finally:
+            await asyncio.shield(holding.release(unfinished=not finished))
+
+    async def _unlocked(self, diff: DiffFile, found: _Found) -> Imported:
+        image = await blocking(self._pool.open, self._spec.image, writable=True)
+        try:
+            return await self._apply(diff, image, found, resumable=False, trust=None)
+        finally:
+            await blocking(image.close)
+
+    async def _unchecked(self, diff: DiffFile, header: Header) -> Imported:
+        """Do as `rbd import-diff` does."""
+        image = await blocking(self._pool.open, self._spec.image, writable=True)
+        writes = Writes(image)
+        try:
+            await blocking(resize, image, header.size)
+            while events := await blocking(diff.batch):
+                await _write_all(writes, events, header.size)
+            await writes.settle()
+            if header.end:
+                await blocking(image.take_snapshot, header.end)
+        finally:
+            await writes.abandon()
+            await blocking(image.close)
+        return Imported("imported", diff.position, writes.written)
+
+    def _already(self, found: _Found, header: Header) -> Imported | None:
+        """Return the result where the very snapshot that the diff leads to is there."""
+        there = found.snapshots.get(header.end)
+        if there is None:
+            return None
+        end = self._manifest.end if self._manifest is not None else None
+        if self._manifest is not None and end is not None and found.origin(there) == (self._manifest.source, end.snapshot):
+            return Imported("up-to-date", 0, 0)
+        raise ConflictError(
+            f"{self._spec}@{header.end} exists already", hint="was this diff imported before? see: rbd snap ls " + str(self._spec)
+        )
+
+    def _fits(self, found: _Found, header: Header) -> None:
+        """See what can be seen without reading content."""
+        spec, manifest = self._spec, self._manifest
+        if found.replica:
+            raise ConflictError(
+                f"{spec} is a replica that `rbd-siphon sync` writes", hint="import into another image, or allow it with --unchecked"
+            )
+        if manifest is not None:
+            _same_diff(manifest, header)
+        base = found.base_of(header)
+        if base is not None and base != found.newest:
+            assert found.newest is not None
+            raise ConflictError(
+                f"the diff begins at {base.name}, and {spec} has a newer snapshot, {found.newest.name}",
+                hint=f"go back with: rbd snap rollback {spec}@{base.name}, after removing the snapshots behind it",
+            )
+        if base is not None and manifest is not None and manifest.base is not None:
+            known = found.origin(base)
+            if known is None:
+                self._say(f"nothing tells which snapshot {spec}@{base.name} is a copy of: only its name was compared")
+            elif known != (manifest.source, manifest.base.snapshot):
+                raise ConflictError(
+                    f"{spec}@{base.name} is a copy of snapshot id {known[1].id} of image {known[0].image_id}, and the diff begins "
+                    f"at snapshot id {manifest.base.snapshot.id} of {manifest.image} (image id {manifest.source.image_id})"
+                )
+        if header.size < found.size and not self._options.allow_shrink:
+            raise ConflictError(
+                f"the diff shrinks {spec} from {found.size} to {header.size} bytes", hint="--allow-shrink gives up what lies behind"
+            )
+        if found.mark is not None and found.mark.header != header:
+            self._say(f"{spec} is in the middle of another diff, to {found.mark.header.end or 'no snapshot'}")
+
+    async def _apply(
+        self, diff: DiffFile, image: Image, found: _Found, *, resumable: bool, trust: Callable[[], Awaitable[None]] | None
+    ) -> Imported:
+        header = diff.header
+        resumed: int | None = None
+        mark = found.mark
+        if resumable and mark is not None and mark.header == header:
+            resumed = await self._skip(diff, mark)
+        else:
+            await self._equals_base(image, found, header)
+            mark = DiffMark(header)
+            await blocking(image.set_metadata, DIFF_KEY, encode(mark))
+        if trust is not None:
+            await trust()
+        await blocking(resize, image, header.size)
+        writes = Writes(image)
+        try:
+            await self._stream(diff, image, writes, header)
+            if self._manifest is not None and (diff.digest, diff.position) != (self._manifest.digest, self._manifest.bytes):
+                raise DataError(f"{diff.source.name} is not what its manifest says: it was changed or cut; no snapshot was taken")
+            await writes.settle()
+        finally:
+            await writes.abandon()
+        await blocking(image.set_metadata, DIFF_KEY, encode(DiffMark(header, diff.position, diff.digest, whole=True)))
+        if header.end:
+            await blocking(image.take_snapshot, header.end)
+        await blocking(self._settle, image, header)
+        return Imported("imported", diff.position, writes.written, resumed)
+
+    def _finish(self, header: Header, found: _Found) -> Imported:
+        """Do what was left to do when a run was killed behind its snapshot."""
+        with self._pool.open(found.spec.image, writable=True) as image:
+            self._settle(image, header)
+        return Imported("imported", 0, 0)
+
+    def _settle(self, image: Image, header: Header) -> None:
+        """Record what the end snapshot is a copy of, and that nothing is under way any more."""
+        if header.end:
+            made = next(each for each in image.snapshots() if each.name == header.end)
+            if self._manifest is not None and self._manifest.end is not None:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                image.set_metadata(origin_key(made.id), encode(Origin(self._manifest.source, self._manifest.end.snapshot, now)))
+        image.remove_metadata(DIFF_KEY)
+
+    async def _skip(self, diff: DiffFile, mark: DiffMark) -> int:
+        """Read up to where the mark is, and see that it is the same stream; return how many bytes that were."""
+        while diff.position < mark.position:
+            if not await blocking(diff.batch, mark.position):
+                break
+        if (diff.position, diff.digest) != (mark.position, mark.digest) and mark.position:
+            raise ConflictError(
+                f"{self._spec} is in the middle of another diff of the same points: the first {mark.position} bytes of "
+                f"{diff.source.name} are not those that were imported",
+                hint=_way_back(self._spec, mark.header),
+            )
+        while diff.buffered:
+            diff.drop()
+        if mark.position:
+            self._say(f"going on at byte {mark.position:,} of {diff.source.name}")
+        return mark.position
+
+    async def _equals_base(self, image: Image, found: _Found, header: Header) -> None:
+        base = found.snapshots[header.base] if header.base else None
+        changed = await differs(self._pool, image, base)
+        if not changed:
+            return
+        what = f"differs from {base.name}" if base else "is not empty, and the diff begins at the image's creation"
+        middle = " (it is in the middle of another diff)" if found.mark is not None else ""
+        raise ConflictError(
+            f"the present content of {self._spec} {what}{middle}: up to {changed} bytes would be lost or left behind",
+            hint=_way_back(self._spec, header),
+        )
+
+    async def _stream(self, diff: DiffFile, image: Image, writes: Writes, header: Header) -> None:
+        loop = asyncio.get_running_loop()
+        marked, since = diff.position, loop.time()
+        while events := await blocking(diff.batch):
+            await _write_all(writes, events, header.size)
+            if diff.position - marked >= _MARK_BYTES or loop.time() - since > _MARK_SECONDS:
+                position, digest = diff.position, diff.digest
+                await writes.settle()
+                await blocking(image.set_metadata, DIFF_KEY, encode(DiffMark(header, position, digest)))
+                marked, since = position, loop.time()
+
+    def _me(self) -> Hand:
+        return Hand(
+            address=self._cluster.address,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            run=secrets.token_hex(6),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+async def _write_all(writes: Writes, events: list[Event], size: int) -> None:
+    for event in events:
+        match event:
+            case Data(offset, data):
+                if offset + len(data) > size:
+                    raise UsageError(f"the diff writes at {offset}, behind the image's end at {size}")
+                for begin, end, holds in runs(offset, data):
+                    if holds:
+                        await writes.data(offset + begin, data[begin:end] if end - begin < len(data) else data)
+                    else:
+                        await writes.zeros(offset + begin, end - begin)
+            case Zero(offset, length):
+                if offset < size:
+                    await writes.zeros(offset, min(length, size - offset))
+            case _:
+                pass
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the image holds before anything is written."""
+
+    spec: ImageSpec
+    identity: ImageIdentity
+    size: int
+    snapshots: dict[str, Snapshot]
+    origins: dict[int, Origin]
+    mark: DiffMark | None
+    replica: bool
+    lockable: bool
+
+    @property
+    def newest(self) -> Snapshot | None:
+        return max(self.snapshots.values(), key=lambda each: each.id, default=None)
+
+    def base_of(self, header: Header) -> Snapshot | None:
+        """Return the snapshot the diff begins at; NotFoundError if it is not there."""
+        if not header.base:
+            return None
+        if header.base not in self.snapshots:
+            raise NotFoundError(
+                f"the diff begins at {header.base}, and there is no snapshot {self.spec}@{header.base}",
+                hint="its snapshots: " + (", ".join(self.snapshots) or "none"),
+            )
+        return self.snapshots[header.base]
+
+    def origin(self, snapshot: Snapshot) -> tuple[ImageIdentity, Snapshot] | None:
+        """Return which snapshot of which image this one is a copy of, itself where nothing says it is a copy."""
+        found = self.origins.get(snapshot.id)
+        return (found.source, found.snapshot) if found is not None else None
+
+
+def _look(pool: Pool, spec: ImageSpec, fsid: str = "") -> _Found:
+    with pool.open(spec.image) as image:
+        metadata = image.metadata()
+        snapshots = {each.name: each for each in image.snapshots()}
+        where = f"the metadata of {spec}"
+        origins = {
+            each.id: decode(metadata[key], Origin, where) for each in snapshots.values() if (key := origin_key(each.id)) in metadata
+        }
+        mark = metadata.get(DIFF_KEY)
+        return _Found(
+            spec=spec,
+            identity=ImageIdentity(fsid, image.id()),
+            size=image.size(),
+            snapshots=snapshots,
+            origins=origins,
+            mark=decode(mark, DiffMark, where) if mark else None,
+            replica=LINEAGE_KEY in metadata,
+            lockable=bool(image.shape().features & EXCLUSIVE_LOCK),
+        )
+
+
+def _same_diff(manifest: Manifest, header: Header) -> None:
+    """UsageError if the manifest is another diff's."""
+    base = manifest.base.snapshot.name if manifest.base else ""
+    end = manifest.end.snapshot.name if manifest.end else ""
+    if (base, end, manifest.size) != (header.base, header.end, header.size):
+        raise UsageError(
+            f"the manifest is another diff's: it says {base or '(creation)'} → {end or '(present)'}, {manifest.size} bytes, "
+            f"the diff says {header.base or '(creation)'} → {header.end or '(present)'}, {header.size} bytes"
+        )
+
+
+def _way_back(spec: ImageSpec, header: Header) -> str:
+    if header.base:
+        return f"give up what differs with: rbd snap rollback {spec}@{header.base}"
+    return "import into a new image: rbd create --size … POOL/IMAGE"
+
+
+def resize(image: Image, size: int) -> None:
+    """Give the image that size, unless it has it."""
+    if image.size() != size:
+        image.resize(size)
