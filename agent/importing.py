@@ -152,6 +152,11 @@ class DiffImport:
             return await self._unchecked(diff, header)
         if found.mark is not None and found.mark.whole and found.mark.header == header and header.end in found.snapshots:
             return await blocking(self._finish, header, found)
+        if found.replica:
+            raise ConflictError(
+                f"{self._spec} is a replica that `rbd-siphon sync` writes",
+                hint="import into another image, or allow it with --unchecked",
+            )
         if done := self._already(found, header):
             return done
         self._fits(found, header)
@@ -212,10 +217,6 @@ class DiffImport:
     def _fits(self, found: _Found, header: Header) -> None:
         """See what can be seen without reading content."""
         spec, manifest = self._spec, self._manifest
-        if found.replica:
-            raise ConflictError(
-                f"{spec} is a replica that `rbd-siphon sync` writes", hint="import into another image, or allow it with --unchecked"
-            )
         if manifest is not None:
             _same_diff(manifest, header)
         base = found.base_of(header)

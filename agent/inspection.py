@@ -12,8 +12,11 @@ from agent.imagefile import ImageHeader, ImageReader
 
 @dataclass
 class DiffFacts:
-    """One diff. `overlaps` counts records that begin before the end of another, `backwards` those that
-    begin before the one in front of them; `beyond` counts bytes that lie behind the image's end."""  # noqa: D205, D209  # one sentence
+    """One diff. `backwards` counts records that begin before the one in front of them, as in diffs of striped images.
+
+    `overlaps` counts those that begin within another (as far as all are in order), `beyond` the
+    bytes that lie behind the image's end.
+    """
 
     version: int = 0
     base: str | None = None
@@ -117,7 +120,7 @@ class Inspection:
     def _record(self, now: DiffFacts, offset: int, length: int, *, holds: bool) -> None:
         now.records += 1
         now.backwards += offset < self._last
-        now.overlaps += self._last <= offset < self._reach
+        now.overlaps += not now.backwards and offset < self._reach
         now.beyond += max(0, offset + length - max(offset, now.size or 0))
         self._last, self._reach = offset, max(self._reach, offset + length)
         if self._extent is not None:
