@@ -27,6 +27,7 @@ PACKAGES = (
     "python3-rados",
     "python3-rbd",
     "python3-venv",
+    "zstd",
 )
 
 

@@ -1,0 +1,44 @@
+"""The README's recipes, run as they are written there."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+from pathlib import Path
+
+from support import MIB, Pair, unique
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def recipes() -> list[str]:
+    text = README.read_text()
+    text = text[text.index("### Recipes") : text.index("## What you can rely on")]
+    found = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert len(found) == 2
+    return found
+
+
+def test_the_recipes_of_the_readme_do_what_they_say(pair: Pair, tmp_path: Path) -> None:
+    name = unique("recipe")
+    pair.source.create(name, 64 * MIB)
+    for number, point in enumerate(("mon", "tue", "wed")):
+        pair.source.write(name, number * 3 * MIB, random.Random(number).randbytes(2 * MIB))
+        pair.source.snap(name, point)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    ssh = tools / "ssh"
+    ssh.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {pair.lab.ssh.client_config} "$@"\n')
+    ssh.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    for block in recipes():
+        script = block.replace("web-1", name)
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert pair.same(name) == ["mon", "tue", "wed"]
+    with pair.source.image(name, "wed") as image:
+        assert (tmp_path / "disk.raw").read_bytes() == image.read(0, image.size())
