@@ -22,6 +22,7 @@ from agent.errors import UsageError
 
 BANNER_V1 = b"rbd diff v1\n"
 BANNER_V2 = b"rbd diff v2\n"
+_PAIR = struct.Struct("<QQ")
 #: Longest snapshot name taken (librbd's names are far shorter), so that a damaged length allocates nothing.
 MAX_NAME = 4096
 #: Largest offset or length taken; librbd's images end far below, and a damaged one shows here.
@@ -81,7 +82,7 @@ class Data:
     """A piece of a record's data; a record may give several."""
 
     offset: int
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,9 @@ class Decoder:
     def __init__(self, *, embedded: bool = False, position: int = 0) -> None:
         self.position = position
         self._embedded = embedded
-        self._buffer = bytearray()
+        self._chunk = memoryview(b"")  # what was fed last, and how much of it was taken
+        self._at = 0
+        self._partly = 0  # bytes of the item at hand that came with earlier chunks
         self._events: list[Event] = []
         self._done = False
         self._expected = "the banner"
@@ -119,10 +122,8 @@ class Decoder:
         next(self._parser)
 
     def feed(self, data: bytes) -> list[Event]:
-        """Take the next bytes and return what they complete; FormatError on damage."""
-        self._buffer += data
-        if self._done and self._buffer and not self._embedded:
-            raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self.position}")
+        """Take the next bytes and return what they complete; FormatError on damage. Data are views of what was fed."""
+        self._chunk, self._at = memoryview(data), 0
         self._parser.send(None)
         # Copied, not replaced: the parser may be in the middle of appending to this very list.
         events = self._events.copy()
@@ -142,21 +143,32 @@ class Decoder:
 
     def rest(self) -> bytes:
         """Return and forget what was fed behind the end of an embedded diff."""
-        rest = bytes(self._buffer)
-        self._buffer.clear()
+        rest, self._at = bytes(self._chunk[self._at :]), len(self._chunk)
         return rest
 
     def end(self) -> None:
         """Say that no more bytes come; FormatError if the diff is not complete."""
         if not self._done:
-            raise FormatError(f"the diff is truncated: it ends at byte {self.position + len(self._buffer)} within {self._expected}")
+            raise FormatError(f"the diff is truncated: it ends at byte {self.position + self._partly} within {self._expected}")
+
+    @property
+    def _fed(self) -> int:
+        """How many bytes of the last chunk are still to be taken."""
+        return len(self._chunk) - self._at
+
+    def _cut(self, size: int) -> memoryview:
+        view = self._chunk[self._at : self._at + size]
+        self._at += len(view)
+        return view
 
     def _take(self, size: int, what: str) -> Generator[None, None, bytes]:
         self._expected = what
-        while len(self._buffer) < size:
+        taken = bytes(self._cut(size))
+        while len(taken) < size:
+            self._partly = len(taken)
             yield
-        taken = bytes(self._buffer[:size])
-        del self._buffer[:size]
+            taken += self._cut(size - len(taken))
+        self._partly = 0
         self.position += size
         return taken
 
@@ -175,8 +187,8 @@ class Decoder:
         self._events.append(End())
         self._done = True
         while True:
-            if self._buffer and not self._embedded:
-                raise FormatError(f"{len(self._buffer)} bytes follow the end record, at byte {self.position}")
+            if self._fed and not self._embedded:
+                raise FormatError(f"{self._fed} bytes follow the end record, at byte {self.position}")
             yield
 
     def _record(self, tag: bytes, version: int) -> Generator[None, None, None]:
@@ -190,8 +202,7 @@ class Decoder:
         elif tag == b"w":
             yield from self._data(length, where)
         elif tag == b"z":
-            offset = yield from self._integer(8, "a zero record")
-            count = yield from self._integer(8, "a zero record")
+            offset, count = _PAIR.unpack((yield from self._take(16, "a zero record")))
             if offset > MAX_EXTENT or count > MAX_EXTENT:
                 raise FormatError(f"the zero record at byte {where} lies at {offset} and has {count} bytes")
             self._events.append(Zero(offset, count))
@@ -213,8 +224,7 @@ class Decoder:
             raise FormatError(f"the name in the {tag!r} record at byte {where} is not UTF-8") from error
 
     def _data(self, length: int | None, where: int) -> Generator[None, None, None]:
-        offset = yield from self._integer(8, "a data record")
-        left = yield from self._integer(8, "a data record")
+        offset, left = _PAIR.unpack((yield from self._take(16, "a data record")))
         if length is not None and length != left + 16:
             raise FormatError(f"the data record at byte {where} gives two lengths: {length} and {left} + 16")
         if left > MAX_EXTENT or offset > MAX_EXTENT:
@@ -223,21 +233,22 @@ class Decoder:
         self._expected = f"the data record at byte {where} ({left} bytes)"
         self._left = left
         while self._left:
-            if not self._buffer:
+            piece = self._cut(self._left)
+            if not piece:
                 yield
                 continue
-            piece = yield from self._take(min(self._left, len(self._buffer)), self._expected)
             self._events.append(Data(offset, piece))
             offset += len(piece)
+            self.position += len(piece)
             self._left -= len(piece)
 
     def _skip(self, length: int, tag: bytes) -> Generator[None, None, None]:
+        self._expected = f"a {tag!r} record"
         while length:
-            piece = min(length, len(self._buffer))
-            if piece:
-                yield from self._take(piece, f"a {tag!r} record")
-                length -= piece
-            else:
+            count = len(self._cut(length))
+            self.position += count
+            length -= count
+            if not count:
                 yield
 
 

@@ -105,12 +105,12 @@ class Ordered:
         self.header = diff.header
         self._name = diff.source.name
         self._events = diff.events()
-        self._left = b""
+        self._left = memoryview(b"")
         self._at = 0
 
     def next(self) -> Span | None:
         """Go on to the next record; UsageError if it lies before the last one."""
-        self._left = b""
+        self._left = memoryview(b"")
         for event in self._events:
             match event:
                 case DataRecord(offset, length):
@@ -130,13 +130,13 @@ class Ordered:
         self._at = span.end
         return span if span.offset < span.end else self.next()
 
-    def data(self, count: int) -> Iterator[bytes]:
+    def data(self, count: int) -> Iterator[bytes | memoryview]:
         """Yield the next `count` bytes of the record."""
         while count:
             if not self._left:
                 event = next(self._events)
                 assert isinstance(event, Data)
-                self._left = event.data
+                self._left = memoryview(event.data)
             piece, self._left = self._left[:count], self._left[count:]
             count -= len(piece)
             yield piece
@@ -162,7 +162,7 @@ class Sorted:
         offset, end, self._position, holds = found
         return Span(offset, end, holds=bool(holds))
 
-    def data(self, count: int) -> Iterator[bytes]:
+    def data(self, count: int) -> Iterator[bytes | memoryview]:
         """Yield the next `count` bytes of the record."""
         while count:
             piece = self._source.read_at(self._position, min(count, _PIECE))

@@ -28,6 +28,7 @@ class Reading:
     def __init__(self, name: str) -> None:
         """Open `name`; NotFoundError or UsageError if that cannot be."""
         self.name = "standard input" if name == STDIO else name
+        self._space = bytearray()
         try:
             self._fd = os.dup(0) if name == STDIO else os.open(name, os.O_RDONLY | os.O_CLOEXEC)
             found = os.fstat(self._fd)
@@ -42,15 +43,15 @@ class Reading:
     def read(self, count: int = CHUNK) -> bytes:
         """Return the next `count` bytes, fewer only at the end."""
         try:
-            data = os.read(self._fd, count)
-            if len(data) == count or not data:
-                return data
+            if self.regular:
+                return os.read(self._fd, count)
             # A pipe gives what is in it, which is less than anybody wants to decode or write at once.
-            parts, missing = [data], count - len(data)
-            while missing and (data := os.read(self._fd, missing)):
-                parts.append(data)
-                missing -= len(data)
-            return b"".join(parts)
+            if len(self._space) < count:
+                self._space = bytearray(count)
+            view, filled = memoryview(self._space)[:count], 0
+            while filled < count and (got := os.readv(self._fd, [view[filled:]])):
+                filled += got
+            return bytes(view[:filled])
         except OSError as error:
             raise SiphonError(f"{self.name} cannot be read: {error.strerror}") from error
 

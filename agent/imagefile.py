@@ -76,22 +76,30 @@ class ImageReader:
     def feed(self, data: bytes) -> list[Event | ImageHeader]:
         """Take the next bytes and return what they complete; FormatError on damage."""
         events: list[Event | ImageHeader] = []
-        self._buffer += data
+        rest = data
         if self._diff is None and self._expected != "nothing":
-            self._parser.send(None)
+            rest = self._begin(data)
             if self._header is not None:
                 events.append(self._header)
                 self._header = None
-        while self._diff is not None and self._buffer:
-            rest = bytes(self._buffer)
-            self._buffer.clear()
+        while self._diff is not None and rest:
             events += self._diff.feed(rest)
-            if not self._diff.done:
-                break
-            self._next_diff(self._diff)
-        if self._expected == "nothing" and self._buffer:
-            raise FormatError(f"{len(self._buffer)} bytes follow the last diff")
+            rest = self._diff.rest()
+            if self._diff.done:
+                self._next_diff(self._diff)
+        if self._expected == "nothing" and rest:
+            raise FormatError(f"{len(rest)} bytes follow the last diff")
         return events
+
+    def _begin(self, data: bytes) -> bytes:
+        """Take what precedes the first diff; return what belongs to that."""
+        self._buffer += data
+        self._parser.send(None)
+        if self._diff is None:
+            return b""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
 
     def end(self) -> None:
         """Say that no more bytes come; FormatError if something is missing."""
@@ -105,7 +113,6 @@ class ImageReader:
         if self.kind == "diff":
             return
         self._left -= 1
-        self._buffer += done.rest()
         self._diff = Decoder(embedded=True, position=done.position) if self._left else None
         self._expected = "a diff" if self._left else "nothing"
 

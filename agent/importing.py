@@ -342,9 +342,10 @@ async def _write_all(writes: Writes, events: list[Event], size: int) -> None:
             case Data(offset, data):
                 if offset + len(data) > size:
                     raise UsageError(f"the diff writes at {offset}, behind the image's end at {size}")
-                for begin, end, holds in runs(offset, data):
+                whole = bytes(data)
+                for begin, end, holds in runs(offset, whole):
                     if holds:
-                        await writes.data(offset + begin, data[begin:end] if end - begin < len(data) else data)
+                        await writes.data(offset + begin, whole[begin:end])
                     else:
                         await writes.zeros(offset + begin, end - begin)
             case Zero(offset, length):

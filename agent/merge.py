@@ -42,7 +42,7 @@ class Input(Protocol):
     def next(self) -> Span | None:
         """Go on to the next record, over what is left of the data of this one; None at the end."""
 
-    def data(self, count: int) -> Iterator[bytes]:
+    def data(self, count: int) -> Iterator[bytes | memoryview]:
         """Yield the next `count` bytes of this record's data."""
 
 
@@ -56,7 +56,7 @@ class _Zeros:
     def next(self) -> Span | None:
         return self._spans.pop() if self._spans else None
 
-    def data(self, count: int) -> Iterator[bytes]:  # noqa: ARG002  # as Input has it
+    def data(self, count: int) -> Iterator[bytes | memoryview]:  # noqa: ARG002  # as Input has it
         return iter(())
 
 
@@ -67,7 +67,7 @@ class _Layer:
         self._source = source
         self.span = source.next()
 
-    def data(self, count: int) -> Iterator[bytes]:
+    def data(self, count: int) -> Iterator[bytes | memoryview]:
         """Yield `count` bytes from where the span begins, and begin it behind them."""
         assert self.span is not None
         yield from self._source.data(count)
@@ -102,7 +102,7 @@ def joined(headers: Sequence[tuple[str, Header]]) -> Header:
     return Header(base=headers[0][1].base, end=headers[-1][1].end, size=headers[-1][1].size)
 
 
-def merged(inputs: Sequence[Input], header: Header, encoder: Encoder) -> Iterator[bytes]:
+def merged(inputs: Sequence[Input], header: Header, encoder: Encoder) -> Iterator[bytes | memoryview]:
     """Yield the bytes of the merged diff."""
     yield encoder.banner
     if header.base:

@@ -91,7 +91,7 @@ def _write(fd: int, diff: DiffFile) -> int:
     for event in diff.events():
         match event:
             case Data(offset, data):
-                for begin, end, holds in runs(offset, data):
+                for begin, end, holds in runs(offset, bytes(data)):
                     if holds:
                         os.pwrite(fd, memoryview(data)[begin:end], offset + begin)
                         written += end - begin

@@ -136,7 +136,7 @@ class _Snapshots:
                     await self._writes.settle()
                     await blocking(resize, self._image, size)
                 case Data(offset, data):
-                    await self._writes.data(offset, data)
+                    await self._writes.data(offset, bytes(data))
                 case Zero(offset, length):
                     await self._writes.zeros(offset, length)
                 case End() if self._end:

@@ -154,7 +154,7 @@ def merge_diff(
             inputs = [for_merging(stack.enter_context(Reading(name).open())) for name in names]
             header = joined([(name, each.header) for name, each in zip(names, inputs, strict=True)])
             with whole(out, force=force) as writing:
-                gathered: list[bytes] = []
+                gathered: list[bytes | memoryview] = []
                 for part in merged(inputs, header, Encoder()):
                     gathered.append(part)
                     if len(part) > 64 << 10 or len(gathered) > 1000:

@@ -10,43 +10,24 @@ import contextlib
 import json
 import os
 import platform
-import random
 import shlex
 import statistics
 import subprocess
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from .benchdiffs import diff_cases
 from .ceph import Cluster
 from .demo import MIB, compare, ext4_image, patch
 from .lab import Lab
+from .measure import Case, drop, shell, timed
 from .say import LabError, note, run, step
 from .setup import PYTHON
 
 TIB = 1 << 40
-
-
-@dataclass
-class Case:
-    """Seconds of each round on both sides, and the largest resident memory seen, bytes."""
-
-    name: str
-    ours: list[float] = field(default_factory=list)
-    stock: list[float] = field(default_factory=list)
-    controller: int = 0
-    worker: int = 0
-    verdict: str = ""
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times as fast as the stock pipeline, median of the rounds' ratios."""
-        pairs = [theirs / ours for ours, theirs in zip(self.ours, self.stock, strict=False)]
-        return statistics.median(pairs) if pairs else None
 
 
 def run_bench(lab: Lab, rounds: int, *, quick: bool) -> int:
@@ -58,6 +39,7 @@ def run_bench(lab: Lab, rounds: int, *, quick: bool) -> int:
     cases = [_first_copy(lab, rounds)]
     cases += [_increment(lab, rounds)]
     cases += [_thin(lab, (1 if quick else 10) * TIB, 20 if quick else 500, stock=not quick)]
+    cases += diff_cases(lab, rounds, thin=not quick)
     _print(cases)
     out = lab.home / "bench.json"
     about = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.platform(), "cores": os.cpu_count()}
@@ -72,18 +54,18 @@ def _first_copy(lab: Lab, rounds: int) -> Case:
     case = Case("first copy, ext4 image, loopback")
     step(case.name)
     image = "vms/bench"
-    _drop(lab.source, image)
+    drop(lab.source, image)
     lab.source.rbd("import", str(ext4_image(lab)), image)
     lab.source.rbd("snap", "create", f"{image}@a")
     for _ in range(rounds):
         for side in ("ours", "stock"):
             replica = f"vms-dr/bench-{side}"
-            _drop(lab.target, replica)
+            drop(lab.target, replica)
             if side == "ours":
-                case.ours.append(_timed(lambda: _ours(lab, case, f"{image}@a", "vms-dr/bench-ours")))
+                case.ours.append(timed(lambda: _ours(lab, case, f"{image}@a", "vms-dr/bench-ours")))
             else:
                 lab.target.rbd("create", "--size", "2G", replica)
-                case.stock.append(_timed(lambda: _stock(lab, f"{image}@a", "", "vms-dr/bench-stock")))
+                case.stock.append(timed(lambda: _stock(lab, f"{image}@a", "", "vms-dr/bench-stock")))
         note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
     case.verdict = compare(lab, image, "vms-dr/bench-ours")
     return case
@@ -98,8 +80,8 @@ def _increment(lab: Lab, rounds: int) -> Case:
         patch(lab, image, [(((7919 * at + number * 97) % 500_000) * 4096, os.urandom(4096)) for at in range(256)])
         now = f"i{number}"
         lab.source.rbd("snap", "create", f"{image}@{now}")
-        case.ours.append(_timed(partial(_ours, lab, case, f"{image}@{now}", "vms-dr/bench-ours")))
-        case.stock.append(_timed(partial(_stock, lab, f"{image}@{now}", before, "vms-dr/bench-stock")))
+        case.ours.append(timed(partial(_ours, lab, case, f"{image}@{now}", "vms-dr/bench-ours")))
+        case.stock.append(timed(partial(_stock, lab, f"{image}@{now}", before, "vms-dr/bench-stock")))
         note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
         before = now
     case.verdict = compare(lab, image, "vms-dr/bench-ours")
@@ -110,8 +92,8 @@ def _thin(lab: Lab, size: int, changes: int, *, stock: bool) -> Case:
     case = Case(f"thin {size // TIB} TiB image, {changes} changes")
     step(case.name)
     image, replica = "vms/thin", "vms-dr/thin-ours"
-    _drop(lab.source, image)
-    _drop(lab.target, replica)
+    drop(lab.source, image)
+    drop(lab.target, replica)
     lab.source.rbd("create", "--size", f"{size // TIB}T", image)
     stride = size // changes // MIB * MIB
     patch(lab, image, [(at * stride, os.urandom(4096)) for at in range(changes)])
@@ -119,11 +101,11 @@ def _thin(lab: Lab, size: int, changes: int, *, stock: bool) -> Case:
     _ours(lab, case, f"{image}@a", replica)
     patch(lab, image, [(at * stride + 8 * MIB, os.urandom(4096)) for at in range(changes)])
     lab.source.rbd("snap", "create", f"{image}@b")
-    case.ours.append(_timed(lambda: _ours(lab, case, f"{image}@b", replica)))
+    case.ours.append(timed(lambda: _ours(lab, case, f"{image}@b", replica)))
     if stock:
         note(f"rbd-siphon {case.ours[-1]:.2f} s; now rbd export-diff alone")
         command = f"rbd export-diff --no-progress --from-snap a {image}@b - >/dev/null"
-        case.stock.append(_timed(lambda: _shell(lab, command)))
+        case.stock.append(timed(lambda: shell(lab, command)))
     # Ten tebibytes cannot be exported: what is allocated is compared instead, byte by byte.
     mine, theirs = _content(lab.source, f"{image}@b"), _content(lab.target, f"{replica}@b")
     case.verdict = f"equal ({mine[:8]}…)" if mine == theirs else "DIFFERENT"
@@ -179,27 +161,7 @@ def _peak(pid: int) -> int:
 def _stock(lab: Lab, source: str, base: str, replica: str) -> None:
     since = f"--from-snap {shlex.quote(base)} " if base else ""
     ssh = f"ssh -F {shlex.quote(str(lab.ssh.client_config))} dr-site"
-    _shell(lab, f"rbd export-diff --no-progress {since}{source} - | {ssh} rbd import-diff --no-progress - {replica}")
-
-
-def _shell(lab: Lab, command: str) -> None:
-    run(["bash", "-o", "pipefail", "-c", command], env=lab.environment, timeout=600)
-
-
-def _timed(work: Callable[[], None]) -> float:
-    # A monitor commits once a second, and a snapshot waits for that. The clean-up before each round sets
-    # the beat, so without this pause one side might always meet it at its best and the other at its worst.
-    time.sleep(1 + random.random())  # noqa: S311  # not a secret
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began
-
-
-def _drop(cluster: Cluster, image: str) -> None:
-    pool, name = image.split("/")
-    if name in cluster.rbd("ls", pool).split():
-        cluster.rbd("snap", "purge", image)
-        cluster.rbd("rm", image)
+    shell(lab, f"rbd export-diff --no-progress {since}{source} - | {ssh} rbd import-diff --no-progress - {replica}")
 
 
 def _print(cases: list[Case]) -> None:

@@ -61,7 +61,7 @@ def joined(events: list[Event]) -> list[Event]:
     for each in events:
         last = out[-1] if out else None
         if isinstance(each, Data) and isinstance(last, Data) and last.offset + len(last.data) == each.offset:
-            out[-1] = Data(last.offset, last.data + each.data)
+            out[-1] = Data(last.offset, bytes(last.data) + bytes(each.data))
         else:
             out.append(each)
     return out
