@@ -32,13 +32,11 @@ from agent.model import (
     Snapshot,
     Source,
     Step,
-    Value,
-    decode,
-    encode,
 )
 from agent.names import METADATA_PREFIX, PEER_PREFIX, snapshot_name, tag
 from agent.plan import Accept, Ground, ground, steps
 from agent.rehearsal import rehearse
+from agent.release import Peer, confirm, prune_source, take_snapshot
 from agent.retention import expendable
 from agent.sender import send_step
 from agent.session import Channel, Session, conversation
@@ -51,14 +49,6 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 _TELL = 0.25
 
 Connect = Callable[[], AbstractAsyncContextManager[Channel]]
-
-
-class Peer(Value, frozen=True):
-    """What the source image remembers of one replica: the last snapshot confirmed on both sides."""
-
-    replica: str
-    snapshot: Snapshot
-    confirmed_at: str
 
 
 @dataclass
@@ -195,7 +185,7 @@ class Sync:
             return named(source, wanted)
         name = snapshot_name(datetime.now(UTC), replica_tag, secrets.randbits(16))
         self._decide(f"rbd snap create {spec}@{name}")
-        self._taken = await blocking(_take, pool, spec, name)
+        self._taken = await blocking(take_snapshot, pool, spec, name)
         return self._taken
 
     async def _send(
@@ -348,7 +338,7 @@ class Sync:
         spec = request.source.image
         peer = Peer(str(request.target), end, _now())
         key = f"{PEER_PREFIX}{tag(welcome.fsid, request.target.image)}"
-        pinned = await blocking(_confirm, pool, spec, key, peer)
+        pinned = await blocking(confirm, pool, spec, key, peer)
         if not request.snapshot_named:
             await self._prune(session, pool, replica, tag(welcome.fsid, request.target.image), pinned | {end.id})
         await session.ask(m.Close(), m.Done)
@@ -365,7 +355,7 @@ class Sync:
             self._account.removed += [f"target@{name}" for name in removed.names]
             for name, why in removed.kept.items():
                 self._warn(f"snapshot {name} stays at the target: {why}")
-        gone, kept = await blocking(_prune_source, pool, request.source.image, replica_tag, request.keep, pinned)
+        gone, kept = await blocking(prune_source, pool, request.source.image, replica_tag, request.keep, pinned)
         self._account.removed += [f"source@{name}" for name in gone]
         for name, why in kept.items():
             self._warn(f"snapshot {name} stays at the source: {why}")
@@ -408,35 +398,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _take(pool: Pool, spec: ImageSpec, name: str) -> Snapshot:
-    with pool.open(spec.image, writable=True) as image:
-        image.take_snapshot(name)
-        return next(each for each in image.snapshots() if each.name == name)
-
-
 def _layout(pool: Pool, spec: ImageSpec, end: Snapshot) -> tuple[Shape, dict[str, str]]:
     with pool.open(spec.image) as image:
         shape = msgspec.structs.replace(image.shape(), size=end.size)
         metadata = {key: value for key, value in image.metadata().items() if not key.startswith(METADATA_PREFIX)}
     return shape, metadata
-
-
-def _confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer) -> set[int]:
-    """Record the last common snapshot on the source image; return those of all its replicas."""
-    with pool.open(spec.image, writable=True) as image:
-        image.set_metadata(key, encode(peer))
-        known = [value for name, value in image.metadata().items() if name.startswith(PEER_PREFIX)]
-    return {decode(value, Peer, f"the metadata of {spec}").snapshot.id for value in known}
-
-
-def _prune_source(pool: Pool, spec: ImageSpec, replica_tag: str, keep: int, pinned: set[int]) -> tuple[list[str], dict[str, str]]:
-    gone: list[str] = []
-    kept: dict[str, str] = {}
-    with pool.open(spec.image, writable=True) as image:
-        for each in expendable(image.snapshots(), replica_tag=replica_tag, keep=keep, pinned=pinned):
-            try:
-                image.remove_snapshot(each.name)
-                gone.append(each.name)
-            except SiphonError as error:
-                kept[each.name] = str(error)
-    return gone, kept

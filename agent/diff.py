@@ -121,7 +121,7 @@ class Decoder:
         self._parser = self._parse()
         next(self._parser)
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes | memoryview) -> list[Event]:
         """Take the next bytes and return what they complete; FormatError on damage. Data are views of what was fed."""
         self._chunk, self._at = memoryview(data), 0
         self._parser.send(None)
@@ -141,9 +141,9 @@ class Decoder:
         """Whether the end record has been read."""
         return self._done
 
-    def rest(self) -> bytes:
+    def rest(self) -> memoryview:
         """Return and forget what was fed behind the end of an embedded diff."""
-        rest, self._at = bytes(self._chunk[self._at :]), len(self._chunk)
+        rest, self._at = self._chunk[self._at :], len(self._chunk)
         return rest
 
     def end(self) -> None:
@@ -198,7 +198,10 @@ class Decoder:
             name = yield from self._name(tag, where)
             self._events.append(FromSnapshot(name) if tag == b"f" else ToSnapshot(name))
         elif tag == b"s":
-            self._events.append(Size((yield from self._integer(8, "the size"))))
+            size = yield from self._integer(8, "the size")
+            if size > MAX_EXTENT:
+                raise FormatError(f"the record at byte {where} says that the image has {size} bytes")
+            self._events.append(Size(size))
         elif tag == b"w":
             yield from self._data(length, where)
         elif tag == b"z":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import xxhash
 
@@ -63,23 +62,16 @@ class DiffFile:
 
     def batch(self, until: int | None = None) -> list[Event]:
         """Return the next events, reading no further than byte `until`; empty at the end; FormatError on damage."""
-        if self._events:
-            events, self._events = self._events, []
-            return events
-        if self._decoder.done:
+        events, self._events = self._events, []
+        # A chunk may complete nothing: only the end of the stream, or of what was asked for, is an end.
+        while not events and not self._decoder.done and (until is None or self.position < until):
+            events = self._read(CHUNK if until is None else min(CHUNK, until - self.position))
+        if not events and self._decoder.done:
             # A pipe is read to its end: whoever writes it must not break, and nothing may follow.
             self._read(1)
-            return []
-        return self._read(CHUNK if until is None else min(CHUNK, until - self.position))
-
-    @property
-    def buffered(self) -> bool:
-        """Whether events are held that `batch` has not handed out."""
-        return bool(self._events)
-
-    def drop(self) -> None:
-        """Forget the events that are held."""
-        self._events.clear()
+        if any(isinstance(each, FromSnapshot | ToSnapshot | Size) for each in events):
+            raise FormatError(f"{self.source.name} names a snapshot or a size behind its header")
+        return events
 
     def events(self) -> Iterator[Event]:
         """Yield everything that follows the header."""
@@ -103,8 +95,12 @@ class Ordered:
 
     def __init__(self, diff: DiffFile) -> None:
         self.header = diff.header
-        self._name = diff.source.name
-        self._events = diff.events()
+        self.begin(diff.source.name, diff.events())
+
+    def begin(self, name: str, events: Iterator[Event]) -> None:
+        """Read `events` from here on; `name` is what errors call them."""
+        self._name = name
+        self._events = events
         self._left = memoryview(b"")
         self._at = 0
 
@@ -113,22 +109,22 @@ class Ordered:
         self._left = memoryview(b"")
         for event in self._events:
             match event:
-                case DataRecord(offset, length):
+                case DataRecord(offset, length) if length:
                     return self._behind(Span(offset, offset + length, holds=True))
-                case Zero(offset, length):
+                case Zero(offset, length) if length:
                     return self._behind(Span(offset, offset + length, holds=False))
                 case _:
                     continue
         return None
 
-    def _behind(self, span: Span) -> Span | None:
+    def _behind(self, span: Span) -> Span:
         if span.offset < self._at:
             raise UsageError(
                 f"{self._name} is not in ascending order (at {span.offset}), as diffs of striped images are not",
                 hint="give it as a file, not through a pipe",
             )
         self._at = span.end
-        return span if span.offset < span.end else self.next()
+        return span
 
     def data(self, count: int) -> Iterator[bytes | memoryview]:
         """Yield the next `count` bytes of the record."""
@@ -143,7 +139,7 @@ class Ordered:
 
 
 class Sorted:
-    """An input of a merge whose records are not in order: an index of them is kept, 32 bytes each."""
+    """An input of a merge whose records are not in order: an index of them is kept, some 200 bytes each."""
 
     def __init__(self, source: Reading, header: Header, spans: list[tuple[int, int, int, int]]) -> None:
         self.header = header
@@ -194,7 +190,6 @@ def for_merging(source: Reading) -> Ordered | Sorted:
 def _records(source: Reading) -> Iterator[tuple[int, int, int, int]]:
     """Yield (offset, length, position of its data, holds data) of every record that is not empty."""
     decoder = Decoder()
-    size = Path(source.name).stat().st_size
     at = 0
     while not decoder.done:
         data = source.read(_HEAD)
@@ -211,6 +206,6 @@ def _records(source: Reading) -> Iterator[tuple[int, int, int, int]]:
                     pass
         if over := decoder.pass_over():
             at += over
-            if at > size:
-                raise FormatError(f"{source.name} is truncated: it ends at byte {size} within a data record")
+            if at > source.size:
+                raise FormatError(f"{source.name} is truncated: it ends at byte {source.size} within a data record")
             source.rewind(at)

@@ -37,7 +37,9 @@ class Sink:
     async def put(self, *parts: bytes | memoryview) -> None:
         """Take parts in order."""
         for part in parts:
-            self._parts.append(part)
+            # A small view would keep all of what was read alive.
+            small = isinstance(part, memoryview) and 2 * len(part) < memoryview(part.obj).nbytes
+            self._parts.append(bytes(part) if small else part)
             self._held += len(part)
             self.bytes += len(part)
         if self._held >= _GATHER:

@@ -32,13 +32,17 @@ class Reading:
         try:
             self._fd = os.dup(0) if name == STDIO else os.open(name, os.O_RDONLY | os.O_CLOEXEC)
             found = os.fstat(self._fd)
-            self.regular, self.size = stat.S_ISREG(found.st_mode), found.st_size
+            # Standard input may be a file, but where in it we stand is the shell's business.
+            self.regular, self.size = stat.S_ISREG(found.st_mode) and name != STDIO, found.st_size
             with contextlib.suppress(OSError):  # no pipe
                 fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE)
         except FileNotFoundError:
             raise NotFoundError(f"there is no file {name}") from None
         except OSError as error:
             raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+        if stat.S_ISDIR(found.st_mode):
+            os.close(self._fd)
+            raise UsageError(f"{name} is a folder")
 
     def read(self, count: int = CHUNK) -> bytes:
         """Return the next `count` bytes, fewer only at the end."""
@@ -167,7 +171,8 @@ def _sync(folder: Path) -> None:
 def flush_output() -> None:
     """See that what was printed has reached whoever reads it."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except BrokenPipeError:
         raise SiphonError("whoever read our output has gone: it is not complete") from None
 

@@ -49,9 +49,11 @@ class Holding:
 
     async def release(self, *, unfinished: bool) -> None:
         """Let go of the lock and the image; `unfinished` leaves proof of how the image was then."""
-        await self._record(msgspec.structs.replace(self._guard, state="releasing"))
-        quiet = not self._strangers(await blocking(self.image.watchers))
-        await blocking(self.image.close)
+        try:
+            await self._record(msgspec.structs.replace(self._guard, state="releasing"))
+            quiet = not self._strangers(await blocking(self.image.watchers))
+        finally:
+            await blocking(self.image.close)
         version = 0
         if unfinished and quiet:
             version = await blocking(self.pool.header_version, self._image_id)

@@ -76,7 +76,7 @@ class ImageReader:
     def feed(self, data: bytes) -> list[Event | ImageHeader]:
         """Take the next bytes and return what they complete; FormatError on damage."""
         events: list[Event | ImageHeader] = []
-        rest = data
+        rest: bytes | memoryview = data
         if self._diff is None and self._expected != "nothing":
             rest = self._begin(data)
             if self._header is not None:

@@ -2,8 +2,8 @@
 
 `rbd import-diff` checks names. Here the start point must be the newest snapshot and the present
 content equal to it, by comparison, or a part of this very diff. How far a diff has come stands in
-the image's metadata (`siphon.diff`): the bytes of the stream that are durable, and their digest, so
-that only the same stream goes on where it stopped. That nobody else wrote meanwhile is proven as
+the image's metadata (`siphon.diff`): the bytes of the stream that are durable, and a digest of all that
+may have been written, so that only the same stream goes on where it stopped. That nobody else wrote meanwhile is proven as
 for a replica (agent/continuity.py).
 """
 
@@ -22,7 +22,7 @@ from agent.cluster import EXCLUSIVE_LOCK, Cluster, Image, Pool
 from agent.continuity import Standing
 from agent.diff import Data, Event, Zero
 from agent.difffile import DiffFile
-from agent.errors import ConflictError, DataError, NotFoundError, SiphonError, UsageError
+from agent.errors import ConflictError, DataError, LinkError, NotFoundError, UsageError
 from agent.holding import Holding, settled_footing, take
 from agent.manifest import Manifest
 from agent.merge import Header
@@ -34,18 +34,24 @@ from agent.zeros import runs
 
 #: Writes in flight, bytes.
 _FLIGHT = 32 << 20
-#: How much is applied between two checkpoints: what an interruption at worst repeats (bytes, seconds).
-_MARK_BYTES, _MARK_SECONDS = 256 << 20, 5.0
+#: How much of a stream is announced at a time before it is written, bytes; it is held in memory.
+_WINDOW = 32 << 20
+#: How much is applied before it is made durable: what an interruption at worst repeats (bytes, seconds).
+_MARK_BYTES, _MARK_SECONDS = 128 << 20, 5.0
 
 
 class DiffMark(Value, frozen=True):
-    """A diff that an image is in the middle of: `position` bytes of it, whose xxh3-128 is `digest`, are durable.
+    """A diff that an image is in the middle of.
 
-    `whole` turns true when all of it is, and only the end snapshot is missing.
+    `durable` bytes of the stream are on the disks. Nothing behind byte `begun` has been written at
+    all, and `digest` is the xxh3-128 of the stream up to there: it is recorded before the first of
+    those writes, so a stream with that digest is the one whose data may be in the image, and no
+    other is. `whole` turns true when all of it is durable and only the end snapshot is missing.
     """
 
     header: Header
-    position: int = 0
+    durable: int = 0
+    begun: int = 0
     digest: str = ""
     whole: bool = False
 
@@ -76,7 +82,7 @@ class Writes:
         self._image = image
         self._budget = Budget(_FLIGHT)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failed: SiphonError | None = None
+        self._failed: BaseException | None = None
 
     async def data(self, offset: int, data: bytes) -> None:
         """Start writing `data`."""
@@ -111,21 +117,22 @@ class Writes:
     def _start(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed = self._failed or error
 
     async def _write(self, offset: int, data: bytes) -> None:
         try:
             await self._image.write(offset, data)
-        except SiphonError as error:
-            self._failed = self._failed or error
         finally:
             self._budget.give(len(data))
 
     async def _zero(self, offset: int, length: int) -> None:
         try:
             await self._image.write_zeroes(offset, length)
-        except SiphonError as error:
-            self._failed = self._failed or error
         finally:
             self._budget.give(64 << 10)
 
@@ -147,37 +154,48 @@ class DiffImport:
         """Apply `diff` and take its end snapshot; ConflictError if it does not fit."""
         found = await blocking(_look, self._pool, self._spec)
         header = diff.header
+        if self._manifest is not None:
+            _same_diff(self._manifest, header)
         if self._options.unchecked:
-            found.base_of(header)
-            return await self._unchecked(diff, header)
-        if found.mark is not None and found.mark.whole and found.mark.header == header and header.end in found.snapshots:
-            return await blocking(self._finish, header, found)
+            return await self._unchecked(diff, found)
         if found.replica:
             raise ConflictError(
                 f"{self._spec} is a replica that `rbd-siphon sync` writes",
                 hint="import into another image, or allow it with --unchecked",
             )
+        if found.mark is not None and found.mark.whole and found.mark.header == header and header.end in found.snapshots:
+            return await self._finish(diff, found.mark)
         if done := self._already(found, header):
             return done
         self._fits(found, header)
         if not found.lockable:
             self._say(f"{self._spec} has no exclusive lock: see that nobody else writes it meanwhile")
             return await self._unlocked(diff, found)
-        footing = await settled_footing(self._pool, self._spec, found.identity.image_id, unfinished=found.mark is not None)
+        image_id = found.image_id
+        footing = await settled_footing(self._pool, self._spec, image_id, unfinished=found.mark is not None)
         trusted = found.mark is None or footing.standing is Standing.RESUMABLE
-        holding = await take(self._pool, self._spec, found.identity.image_id, footing, self._me(), trusted=trusted, say=self._say)
+        holding = await take(self._pool, self._spec, image_id, footing, self._me(), trusted=trusted, say=self._say)
         if holding is None:
             raise ConflictError(f"{self._spec} changed hands just now", hint="run the same command again")
         return await self._held(diff, holding, found, resumable=found.mark is not None and trusted)
 
     async def _held(self, diff: DiffFile, holding: Holding, found: _Found, *, resumable: bool) -> Imported:
-        finished = False
         try:
+            await blocking(self._still, found)
             result = await self._apply(diff, holding.image, found, resumable=resumable, trust=holding.trust)
-            finished = True
-            return result
-        finally:
-            await asyncio.shield(holding.release(unfinished=not finished))
+        except LinkError:
+            # What timed out may still reach the disks: the lock is kept, and the next run fences it.
+            raise
+        except BaseException:
+            await asyncio.shield(holding.release(unfinished=True))
+            raise
+        await asyncio.shield(holding.release(unfinished=False))
+        return result
+
+    def _still(self, found: _Found) -> None:
+        """ConflictError if the image is not any more as it was before we held it."""
+        if _look(self._pool, self._spec) != found:
+            raise ConflictError(f"{self._spec} was changed just now", hint="run the same command again")
 
     async def _unlocked(self, diff: DiffFile, found: _Found) -> Imported:
         image = await blocking(self._pool.open, self._spec.image, writable=True)
@@ -186,14 +204,19 @@ class DiffImport:
         finally:
             await blocking(image.close)
 
-    async def _unchecked(self, diff: DiffFile, header: Header) -> Imported:
+    async def _unchecked(self, diff: DiffFile, found: _Found) -> Imported:
         """Do as `rbd import-diff` does."""
+        header = diff.header
+        found.base_of(header)
+        if header.end in found.snapshots:
+            raise ConflictError(f"{self._spec}@{header.end} exists already")
         image = await blocking(self._pool.open, self._spec.image, writable=True)
         writes = Writes(image)
         try:
             await blocking(resize, image, header.size)
             while events := await blocking(diff.batch):
                 await _write_all(writes, events, header.size)
+            self._as_told(diff)
             await writes.settle()
             if header.end:
                 await blocking(image.take_snapshot, header.end)
@@ -201,6 +224,12 @@ class DiffImport:
             await writes.abandon()
             await blocking(image.close)
         return Imported("imported", diff.position, writes.written)
+
+    def _as_told(self, diff: DiffFile) -> None:
+        """DataError if what was read is not what the manifest tells of."""
+        told = self._manifest
+        if told is not None and (diff.digest, diff.position) != (told.digest, told.bytes):
+            raise DataError(f"{diff.source.name} is not what its manifest says: it was changed or cut; no snapshot was taken")
 
     def _already(self, found: _Found, header: Header) -> Imported | None:
         """Return the result where the very snapshot that the diff leads to is there."""
@@ -217,8 +246,6 @@ class DiffImport:
     def _fits(self, found: _Found, header: Header) -> None:
         """See what can be seen without reading content."""
         spec, manifest = self._spec, self._manifest
-        if manifest is not None:
-            _same_diff(manifest, header)
         base = found.base_of(header)
         if base is not None and base != found.newest:
             assert found.newest is not None
@@ -245,11 +272,12 @@ class DiffImport:
     async def _apply(
         self, diff: DiffFile, image: Image, found: _Found, *, resumable: bool, trust: Callable[[], Awaitable[None]] | None
     ) -> Imported:
-        header = diff.header
+        header, mark = diff.header, found.mark
+        held: list[Event] = []
         resumed: int | None = None
-        mark = found.mark
         if resumable and mark is not None and mark.header == header:
-            resumed = await self._skip(diff, mark)
+            held = await self._same_stream(diff, mark)
+            resumed = mark.durable
         else:
             await self._equals_base(image, found, header)
             mark = DiffMark(header)
@@ -259,23 +287,32 @@ class DiffImport:
         await blocking(resize, image, header.size)
         writes = Writes(image)
         try:
-            await self._stream(diff, image, writes, header)
-            if self._manifest is not None and (diff.digest, diff.position) != (self._manifest.digest, self._manifest.bytes):
-                raise DataError(f"{diff.source.name} is not what its manifest says: it was changed or cut; no snapshot was taken")
+            await _write_all(writes, held, header.size)
+            await self._stream(diff, image, writes, mark)
+            self._as_told(diff)
             await writes.settle()
         finally:
             await writes.abandon()
-        await blocking(image.set_metadata, DIFF_KEY, encode(DiffMark(header, diff.position, diff.digest, whole=True)))
+        done = DiffMark(header, diff.position, diff.position, diff.digest, whole=True)
+        await blocking(image.set_metadata, DIFF_KEY, encode(done))
         if header.end:
             await blocking(image.take_snapshot, header.end)
         await blocking(self._settle, image, header)
         return Imported("imported", diff.position, writes.written, resumed)
 
-    def _finish(self, header: Header, found: _Found) -> Imported:
-        """Do what was left to do when a run was killed behind its snapshot."""
-        with self._pool.open(found.spec.image, writable=True) as image:
+    async def _finish(self, diff: DiffFile, mark: DiffMark) -> Imported:
+        """Do what was left to do when a run was killed behind its snapshot, once this is seen to be the same stream."""
+        while await blocking(diff.batch):
+            pass
+        self._as_told(diff)
+        if (diff.digest, diff.position) != (mark.digest, mark.begun):
+            raise ConflictError(f"{self._spec}@{diff.header.end} exists already, and another diff made it")
+        await blocking(self._settled, diff.header)
+        return Imported("imported", diff.position, 0)
+
+    def _settled(self, header: Header) -> None:
+        with self._pool.open(self._spec.image, writable=True) as image:
             self._settle(image, header)
-        return Imported("imported", 0, 0)
 
     def _settle(self, image: Image, header: Header) -> None:
         """Record what the end snapshot is a copy of, and that nothing is under way any more."""
@@ -286,22 +323,23 @@ class DiffImport:
                 image.set_metadata(origin_key(made.id), encode(Origin(self._manifest.source, self._manifest.end.snapshot, now)))
         image.remove_metadata(DIFF_KEY)
 
-    async def _skip(self, diff: DiffFile, mark: DiffMark) -> int:
-        """Read up to where the mark is, and see that it is the same stream; return how many bytes that were."""
-        while diff.position < mark.position:
-            if not await blocking(diff.batch, mark.position):
-                break
-        if (diff.position, diff.digest) != (mark.position, mark.digest) and mark.position:
+    async def _same_stream(self, diff: DiffFile, mark: DiffMark) -> list[Event]:
+        """Read as far as an earlier run may have written, and see that it is the same stream; return what is not durable of it."""
+        held: list[Event] = []
+        for until in (mark.durable, mark.begun):
+            held = []
+            while diff.position < until and (events := await blocking(diff.batch, until)):
+                if until == mark.begun:
+                    held += events
+        if mark.begun and (diff.position, diff.digest) != (mark.begun, mark.digest):
             raise ConflictError(
-                f"{self._spec} is in the middle of another diff of the same points: the first {mark.position} bytes of "
-                f"{diff.source.name} are not those that were imported",
+                f"{self._spec} is in the middle of another diff of the same points: what was imported of it, {mark.begun} bytes, "
+                f"is not how {diff.source.name} begins",
                 hint=_way_back(self._spec, mark.header),
             )
-        while diff.buffered:
-            diff.drop()
-        if mark.position:
-            self._say(f"going on at byte {mark.position:,} of {diff.source.name}")
-        return mark.position
+        if mark.durable:
+            self._say(f"going on at byte {mark.durable:,} of {diff.source.name}")
+        return held
 
     async def _equals_base(self, image: Image, found: _Found, header: Header) -> None:
         base = found.snapshots[header.base] if header.base else None
@@ -315,16 +353,23 @@ class DiffImport:
             hint=_way_back(self._spec, header),
         )
 
-    async def _stream(self, diff: DiffFile, image: Image, writes: Writes, header: Header) -> None:
+    async def _stream(self, diff: DiffFile, image: Image, writes: Writes, mark: DiffMark) -> None:
         loop = asyncio.get_running_loop()
-        marked, since = diff.position, loop.time()
-        while events := await blocking(diff.batch):
-            await _write_all(writes, events, header.size)
-            if diff.position - marked >= _MARK_BYTES or loop.time() - since > _MARK_SECONDS:
-                position, digest = diff.position, diff.digest
+        durable, since = mark.durable, loop.time()
+        given = mark.begun  # up to here writes have been started
+        while True:
+            window: list[Event] = []
+            while diff.position - given < _WINDOW and (events := await blocking(diff.batch)):
+                window += events
+            if not window:
+                return
+            if given - durable >= _MARK_BYTES or loop.time() - since > _MARK_SECONDS:
                 await writes.settle()
-                await blocking(image.set_metadata, DIFF_KEY, encode(DiffMark(header, position, digest)))
-                marked, since = position, loop.time()
+                durable, since = given, loop.time()
+            now = DiffMark(mark.header, durable, diff.position, diff.digest)
+            await blocking(image.set_metadata, DIFF_KEY, encode(now))
+            await _write_all(writes, window, mark.header.size)
+            given = diff.position
 
     def _me(self) -> Hand:
         return Hand(
@@ -360,7 +405,7 @@ class _Found:
     """What the image holds before anything is written."""
 
     spec: ImageSpec
-    identity: ImageIdentity
+    image_id: str
     size: int
     snapshots: dict[str, Snapshot]
     origins: dict[int, Origin]
@@ -389,7 +434,7 @@ class _Found:
         return (found.source, found.snapshot) if found is not None else None
 
 
-def _look(pool: Pool, spec: ImageSpec, fsid: str = "") -> _Found:
+def _look(pool: Pool, spec: ImageSpec) -> _Found:
     with pool.open(spec.image) as image:
         metadata = image.metadata()
         snapshots = {each.name: each for each in image.snapshots()}
@@ -400,7 +445,7 @@ def _look(pool: Pool, spec: ImageSpec, fsid: str = "") -> _Found:
         mark = metadata.get(DIFF_KEY)
         return _Found(
             spec=spec,
-            identity=ImageIdentity(fsid, image.id()),
+            image_id=image.id(),
             size=image.size(),
             snapshots=snapshots,
             origins=origins,

@@ -1,7 +1,7 @@
 """Diffs replayed onto a raw file, so that a backup is readable without any Ceph. Blocking.
 
 Beside the file lies FILE.siphon, which says at which snapshot the file stands and whether a diff is
-half applied. Writes are absolute, so a diff that was interrupted is simply applied again.
+half applied. Writes are absolute, so a diff that was interrupted is applied again, the very same one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agent.diff import Data, Zero
 from agent.difffile import DiffFile
-from agent.errors import ConflictError, DataError, SiphonError
+from agent.errors import ConflictError, DataError, SiphonError, UsageError
 from agent.files import whole
 from agent.importing import Imported
 from agent.manifest import Manifest
@@ -24,18 +24,26 @@ _CHUNK = 1 << 20
 
 
 class Place(Value, frozen=True):
-    """The snapshot that a raw file holds ("" for none), and the diff that is being applied to it."""
+    """The snapshot that a raw file holds ("" for none) and its size, bytes; and the diff that is being applied.
+
+    `digest` is that diff's xxh3-128, "" where it came through a pipe and nothing told it.
+    """
 
     snapshot: str = ""
+    size: int = 0
     under_way: Header | None = None
+    digest: str = ""
 
 
-def apply(diff: DiffFile, file: str, manifest: Manifest | None, *, allow_shrink: bool) -> Imported:
-    """Bring a raw file from the diff's start point to its end; ConflictError if it does not stand there."""
+def apply(diff: DiffFile, digest: str, file: str, manifest: Manifest | None, *, allow_shrink: bool) -> Imported:
+    """Bring a raw file from the diff's start point to its end; ConflictError if it does not stand there.
+
+    `digest` is the diff's xxh3-128 where it is known beforehand, else "".
+    """
     path, state, header = Path(file), Path(f"{file}.siphon"), diff.header
-    place = decode(state.read_text(), Place, str(state)) if state.exists() else Place()
-    _fits(path, place, header, allow_shrink=allow_shrink)
-    _record(state, Place(place.snapshot, header))
+    place = decode(state.read_bytes(), Place, str(state)) if state.exists() else Place()
+    _fits(path, place, header, digest, allow_shrink=allow_shrink)
+    _record(state, Place(place.snapshot, place.size, header, digest))
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -45,7 +53,7 @@ def apply(diff: DiffFile, file: str, manifest: Manifest | None, *, allow_shrink:
         written = _write(fd, diff)
         if manifest is not None and (diff.digest, diff.position) != (manifest.digest, manifest.bytes):
             raise DataError(
-                f"{diff.source.name} is not what its manifest says: {file} is not to be used until a good one is applied"
+                f"{diff.source.name} is not what its manifest says: {file} is spoilt", hint="make it anew from a full diff"
             )
         os.fsync(fd)
     except OSError as error:
@@ -54,30 +62,35 @@ def apply(diff: DiffFile, file: str, manifest: Manifest | None, *, allow_shrink:
         ) from error
     finally:
         os.close(fd)
-    _record(state, Place(header.end))
+    _record(state, Place(header.end, header.size))
     return Imported("imported", diff.position, written)
 
 
-def _fits(path: Path, place: Place, header: Header, *, allow_shrink: bool) -> None:
+def _fits(path: Path, place: Place, header: Header, digest: str, *, allow_shrink: bool) -> None:
+    size = path.stat().st_size if path.exists() else None
     if place.under_way is not None:
-        if place.under_way != header:
-            begun = f"{place.under_way.base or '(creation)'} → {place.under_way.end or '(present)'}"
+        begun = f"{place.under_way.base or '(creation)'} → {place.under_way.end or '(present)'}"
+        if size is None or place.under_way != header or not digest or place.digest != digest:
             raise ConflictError(
-                f"{path} is in the middle of the diff {begun}",
-                hint="apply that one again first",
+                f"{path} is in the middle of a diff, {begun}, and this is not known to be that one",
+                hint=f"apply that very file again, or remove {path} and {path}.siphon and begin with a full diff",
             )
         return
-    size = path.stat().st_size if path.exists() else 0
-    if not header.base and size:
-        raise ConflictError(f"the diff begins at the image's creation, and {path} is not empty", hint="name a new file")
-    if header.base and header.base != place.snapshot:
+    if not header.base:
+        if size:
+            raise ConflictError(f"the diff begins at the image's creation, and {path} is not empty", hint="name a new file")
+        return
+    if header.base != place.snapshot or size != place.size:
         stands = f"stands at {place.snapshot}" if place.snapshot else "stands at no known snapshot"
-        raise ConflictError(
-            f"the diff begins at {header.base}, and {path} {stands}", hint="apply the diffs in the order they were made"
+        found = (
+            "is not there" if size is None else stands if size == place.size else f"has {size} bytes and should have {place.size}"
         )
-    if header.size < size and not allow_shrink:
         raise ConflictError(
-            f"the diff shrinks {path} from {size} to {header.size} bytes", hint="--allow-shrink gives up what lies behind"
+            f"the diff begins at {header.base}, and {path} {found}", hint="apply diffs in the order of their making"
+        )
+    if header.size < place.size and not allow_shrink:
+        raise ConflictError(
+            f"the diff shrinks {path} from {place.size} to {header.size} bytes", hint="--allow-shrink gives up what lies behind"
         )
 
 
@@ -91,9 +104,11 @@ def _write(fd: int, diff: DiffFile) -> int:
     for event in diff.events():
         match event:
             case Data(offset, data):
+                if offset + len(data) > diff.header.size:
+                    raise UsageError(f"the diff writes at {offset}, behind the image's end at {diff.header.size}")
                 for begin, end, holds in runs(offset, bytes(data)):
                     if holds:
-                        os.pwrite(fd, memoryview(data)[begin:end], offset + begin)
+                        _put(fd, memoryview(data)[begin:end], offset + begin)
                         written += end - begin
                     else:
                         _zero(fd, offset + begin, offset + end)
@@ -104,11 +119,17 @@ def _write(fd: int, diff: DiffFile) -> int:
     return written
 
 
+def _put(fd: int, data: memoryview, at: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, at)
+        data, at = data[count:], at + count
+
+
 def _zero(fd: int, start: int, end: int) -> None:
     """Make a range read as zeros: only where the file holds data, so that holes stay."""
     while start < end and (data := _next_data(fd, start)) < end:
         stop = min(end, os.lseek(fd, data, os.SEEK_HOLE), data + _CHUNK)
-        os.pwrite(fd, bytes(stop - data), data)
+        _put(fd, memoryview(bytes(stop - data)), data)
         start = stop
 
 

@@ -6,23 +6,26 @@ fails or is interrupted is removed.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import hashlib
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from agent.cluster import COPIED_FEATURES, Image, Pool
-from agent.diff import Banner, Data, End, Event, Protected, Size, ToSnapshot, Zero
+from agent.diff import Banner, Data, End, Event, FormatError, Protected, Size, ToSnapshot, Zero
 from agent.errors import ConflictError, DataError, SiphonError, UsageError
 from agent.files import CHUNK, Reading
 from agent.imagefile import ImageHeader, ImageReader
 from agent.importing import Imported, Writes, resize
 from agent.model import ImageSpec, Shape
+from agent.names import METADATA_PREFIX
 from agent.threads import blocking
 from agent.zeros import runs
 
-IMPORTING_PREFIX = "siphon-importing-"
+_IMPORTING = "siphon-importing-"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,11 @@ async def import_image(pool: Pool, spec: ImageSpec, source: Reading, form: int, 
     first = await blocking(source.read, CHUNK)
     reader = ImageReader()
     events: list[Event | ImageHeader] = []
-    with contextlib.suppress(SiphonError):  # told below, once it is known what it is
+    try:
         events = reader.feed(first)
+    except FormatError:
+        if reader.kind != "raw":  # which has no banner to read
+            raise
     if reader.kind == "diff":
         raise UsageError(f"{source.name} is a diff", hint=f"apply it to an image: rbd-siphon import-diff {source.name} {spec}")
     if form == 2 and reader.kind != "image":
@@ -93,7 +99,8 @@ async def _format_2(
     )
     async with _new(pool, spec, shape, layout) as image:
         for key, value in header.metadata.items():
-            await blocking(image.set_metadata, key, value)
+            if not key.startswith(METADATA_PREFIX):  # what the agent knew of another image is false of this one
+                await blocking(image.set_metadata, key, value)
         writes = Writes(image)
         target = _Snapshots(image, writes)
         total = 0
@@ -151,12 +158,21 @@ class _Snapshots:
             self._image.protect(self._end)
 
 
+def unfinished_prefix(spec: ImageSpec) -> str:
+    """Return how the image that is to become `spec` is called until it is complete, but for what tells attempts apart."""
+    return f"{_IMPORTING}{hashlib.blake2s(str(spec).encode()).hexdigest()[:12]}-"
+
+
 @asynccontextmanager
 async def _new(pool: Pool, spec: ImageSpec, shape: Shape, layout: Layout) -> AsyncIterator[Image]:
     """Make an image under a temporary name; give it its own if the block ends well, remove it otherwise."""
-    name = IMPORTING_PREFIX + secrets.token_hex(8)
-    await blocking(pool.create, name, shape, layout.data_pool)
+    prefix = unfinished_prefix(spec)
+    for leftover in await blocking(pool.images):
+        if leftover.startswith(prefix):  # of an import that was killed
+            await blocking(_remove, pool, leftover)
+    name = prefix + secrets.token_hex(4)
     try:
+        await blocking(pool.create, name, shape, layout.data_pool)
         image = await blocking(pool.open, name, writable=True)
         try:
             yield image
@@ -164,11 +180,12 @@ async def _new(pool: Pool, spec: ImageSpec, shape: Shape, layout: Layout) -> Asy
             await blocking(image.close)
         await blocking(pool.rename, name, spec.image)
     except BaseException:
-        await blocking(_remove, pool, name)
+        await asyncio.shield(blocking(_remove, pool, name))
         raise
 
 
 def _remove(pool: Pool, name: str) -> None:
+    """Remove an unfinished image; one that is in use stays, for the next attempt to remove."""
     with contextlib.suppress(SiphonError):
         with pool.open(name, writable=True) as image:
             for each in image.snapshots():

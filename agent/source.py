@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent.budget import Budget
 from agent.cluster import Image, Pool
-from agent.errors import NotFoundError, SiphonError
+from agent.errors import NotFoundError, SiphonError, ungrouped
 from agent.extents import Extents, pieces, windows
 from agent.model import ImageIdentity, ImageSpec, Snapshot, Source
 from agent.threads import blocking
@@ -151,11 +151,12 @@ async def reading(
     """
     reader = _Reader(image, base, end, tally)
     try:
-        async with asyncio.TaskGroup() as group:
-            # The group ends the body if the producer fails, and the producer if the body does.
-            producer = group.create_task(reader.produce(start))
-            yield reader.consume()
-            producer.cancel()
+        with ungrouped():
+            async with asyncio.TaskGroup() as group:
+                # The group ends the body if the producer fails, and the producer if the body does.
+                producer = group.create_task(reader.produce(start))
+                yield reader.consume()
+                producer.cancel()
     finally:
         await reader.settle()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from contextlib import ExitStack
@@ -81,8 +82,8 @@ def export_diff(
                 manifest = await export(span.pool, span.image, span.base, span.end, out, span.fsid)
                 if beside is not None:
                     beside.write(packed(manifest))
-                elif force and file != STDIO:
-                    await blocking(_forget_manifest, file)
+        if not sidecar:
+            await blocking(_forget_manifest, file)
 
     carry_out(lambda: run(work()))
 
@@ -109,7 +110,13 @@ def import_diff(
         from agent.rawfile import apply
 
         with Reading(file).open() as source:
-            apply(DiffFile(source), to_file, _manifest(file, manifest), allow_shrink=allow_shrink)
+            known = _manifest(file, manifest)
+            digest = known.digest if known is not None else ""
+            if source.regular:
+                if known is not None:
+                    _as_told(source, known)
+                digest = digest or digest_of(source)[0]
+            apply(DiffFile(source), digest, to_file, known, allow_shrink=allow_shrink)
 
     async def work() -> None:
         spec = parse_source(image)
@@ -121,14 +128,13 @@ def import_diff(
                 await blocking(_as_told, source, known)
             read = await blocking(DiffFile, source)
             connected = await blocking(Cluster, _settings(conf, cluster, user, keyring), timeout)
-            try:
-                pool = await blocking(connected.pool, spec.image.pool, spec.image.namespace)
-                options = Options(allow_shrink=allow_shrink, unchecked=unchecked)
-                result = await DiffImport(connected, pool, spec.image, known, options, say).run(read)
-                if result.state == "up-to-date":
-                    say(f"{spec.image}@{read.header.end} is there already")
-            finally:
-                await blocking(connected.close)
+            pool = await blocking(connected.pool, spec.image.pool, spec.image.namespace)
+            options = Options(allow_shrink=allow_shrink, unchecked=unchecked)
+            result = await DiffImport(connected, pool, spec.image, known, options, say).run(read)
+            if result.state == "up-to-date":
+                say(f"{spec.image}@{read.header.end} is there already")
+            # After an error the process ends with the connection open: an operation may be stuck in it.
+            await blocking(connected.close)
 
     if bool(image) == bool(to_file):
         carry_out(_neither)
@@ -161,13 +167,21 @@ def merge_diff(
                         writing.write(*gathered)
                         gathered.clear()
                 writing.write(*gathered)
+        _forget_manifest(out)
 
     carry_out(work)
 
 
 def _forget_manifest(file: str) -> None:
-    """Remove a manifest that was of the file that is being replaced."""
-    Path(manifest_name(file)).unlink(missing_ok=True)
+    """Remove the manifest of a file that is there no more: it lies beside another one now."""
+    if file != STDIO and _lying_beside(file) is not None:
+        Path(manifest_name(file)).unlink(missing_ok=True)
+
+
+def _lying_beside(file: str) -> Manifest | None:
+    with contextlib.suppress(UsageError, OSError):  # somebody else's file of that name
+        return parsed(Path(manifest_name(file)).read_bytes(), "")
+    return None
 
 
 def _neither() -> None:
@@ -188,6 +202,8 @@ def _format(text: str) -> Format:
 
 def _manifest(file: str, named: str) -> Manifest | None:
     """Return the manifest that was named, or that lies beside the file, if one does."""
+    if file == STDIO and not named:
+        return None
     path = Path(named or manifest_name(file))
     try:
         return parsed(path.read_bytes(), str(path))
@@ -195,6 +211,8 @@ def _manifest(file: str, named: str) -> Manifest | None:
         if named:
             raise NotFoundError(f"there is no manifest {named}") from None
         return None
+    except OSError as error:
+        raise UsageError(f"the manifest {path} cannot be read: {error.strerror}") from error
 
 
 def _as_told(source: Reading, manifest: Manifest) -> None:

@@ -40,4 +40,4 @@ WorkerCommand = Annotated[
 ]
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
-Timeout = Annotated[float, typer.Option(min=1, help="Seconds after which a silent cluster is given up.")]
+Timeout = Annotated[float, typer.Option(min=1, max=86_400, help="Seconds after which a silent cluster is given up.")]

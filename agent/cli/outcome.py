@@ -22,6 +22,10 @@ def carry_out(work: Callable[[], None]) -> NoReturn:
         say(str(error))
         if error.hint:
             print(f"  → {error.hint}", file=sys.stderr, flush=True)
+    except OSError as error:
+        code = 1
+        where = f"{error.filename}: " if error.filename else ""
+        say("whoever read our output has gone" if isinstance(error, BrokenPipeError) else f"{where}{error.strerror}")
     except Stopped as stopped:
         code = 128 + stopped.number
         say(f"{stopped}; the same command again is right")

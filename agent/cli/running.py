@@ -58,6 +58,6 @@ async def _supervised(work: Coroutine[object, object, T]) -> T:
 def leave(code: int) -> NoReturn:
     """End the process now, leaving what hangs behind."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read it is gone
+        with contextlib.suppress(OSError, AttributeError):  # whoever read it is gone, or it was never open
             stream.flush()
     os._exit(code)

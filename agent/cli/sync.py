@@ -63,7 +63,9 @@ def sync(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every remote command and decision.")] = False,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a silent site or cluster is given up.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=86_400, help="Seconds after which a silent site or cluster is given up.")
+    ] = 60.0,
     attempts: Annotated[int, typer.Option(min=1, help="Attempts in a row that may fail without progress.")] = 6,
     conf: Conf = "",
     cluster: Name = "",

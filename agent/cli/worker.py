@@ -24,7 +24,9 @@ def worker(
     cluster: Name = "",
     user: Id = "",
     keyring: Keyring = "",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a silent controller or cluster is given up.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=86_400, help="Seconds after which a silent controller or cluster is given up.")
+    ] = 60.0,
 ) -> None:
     """Serve a controller over standard input and output (it is started over SSH, not by hand)."""
     if sys.stdin.isatty():

@@ -42,3 +42,20 @@ def test_the_recipes_of_the_readme_do_what_they_say(pair: Pair, tmp_path: Path) 
     assert pair.same(name) == ["mon", "tue", "wed"]
     with pair.source.image(name, "wed") as image:
         assert (tmp_path / "disk.raw").read_bytes() == image.read(0, image.size())
+
+
+def test_a_diff_verb_without_standard_output_or_with_a_deaf_one_ends_without_a_traceback(pair: Pair, tmp_path: Path) -> None:
+    name = pair.new("deaf")
+    pair.source.snap(name, "a")
+    file = tmp_path / "a"
+    for line, code in (
+        (f"rbd-siphon export-diff vms/{name}@a {file} >&-", 0),
+        (f"rbd-siphon inspect {file} >/dev/full", 1),
+        (f"set -o pipefail; rbd-siphon inspect --extents {file} | false", 1),
+        (f"rbd-siphon merge-diff - {file} {tmp_path}/out < {file}", 3),
+        (f"rbd-siphon import-diff {tmp_path} vms-dr/{name}", 2),
+        (f"rbd-siphon inspect {tmp_path}/{'x' * 300}", 2),
+    ):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+        assert done.returncode == code, (line, done.stderr)
+        assert "Traceback" not in done.stderr, line

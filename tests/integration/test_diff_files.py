@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 import subprocess
@@ -12,6 +13,14 @@ from typing import Any
 import pytest
 import rbd
 
+from agent.cluster import Cluster, Image
+from agent.difffile import DiffFile
+from agent.errors import SiphonError
+from agent.files import Reading
+from agent.importing import DiffImport, Imported, Options
+from agent.model import ImageSpec
+from agent.restoring import unfinished_prefix
+from agent.settings import ClusterSettings
 from support import MIB, SIPHON, Pair, command, unique
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -199,8 +208,8 @@ def test_the_wrong_kind_of_file_is_recognized_and_nothing_is_made(pair: Pair, fa
         assert "Traceback" not in done.stderr
     Path(image).write_bytes(Path(image).read_bytes()[:-100])
     assert command("import", image, f"vms-dr/{copy}", *far).returncode == 2
-    assert copy not in pair.target.names()
-    assert not [each for each in pair.target.names() if each.startswith("siphon-importing-")]
+    prefix = unfinished_prefix(ImageSpec("vms-dr", copy))
+    assert not [each for each in pair.target.names() if each == copy or each.startswith(prefix)]
 
 
 class Chain:
@@ -211,7 +220,8 @@ class Chain:
         self.files = {}
         base: list[str] = []
         for number, point in enumerate(POINTS):
-            pair.source.write(self.name, number * MIB, random.Random(number).randbytes(600_000))
+            for at, length in ((number, 600_000), (number + 3, 9000), (number + 4, 50_000)):
+                pair.source.write(self.name, at * MIB, random.Random(number).randbytes(length))
             pair.source.snap(self.name, point)
             self.files[point] = str(folder / point)
             ours("export-diff", f"vms/{self.name}@{point}", self.files[point], *base, *words)
@@ -290,7 +300,7 @@ def test_an_import_killed_in_the_middle_goes_on_and_another_diff_does_not(pair: 
     copy = pair.target.create(unique("resumed"), 512 * MIB, order=22)
     running = subprocess.Popen([SIPHON, "import-diff", str(file), f"vms-dr/{copy}", *far])
     deadline = time.monotonic() + 60
-    while '"position":' not in pair.target.metadata(copy).get("siphon.diff", ""):
+    while '"durable":' not in pair.target.metadata(copy).get("siphon.diff", ""):
         assert time.monotonic() < deadline, "no checkpoint was written"
         assert running.poll() is None, "the import was over before it could be killed"
         time.sleep(0.01)
@@ -376,6 +386,7 @@ def test_a_broken_pipe_is_a_failure_and_an_existing_file_is_kept(pair: Pair, tmp
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
         assert done.returncode == 1, done.stderr
         assert "not complete" in done.stderr
+        assert "Traceback" not in done.stderr
         kept = tmp_path / verb
         kept.write_text("kept")
         assert command(verb, f"vms/{name}", str(kept)).returncode == 2
@@ -395,3 +406,120 @@ def test_a_chain_replayed_onto_a_raw_file_is_the_image(pair: Pair, far: list[str
     repeated = command("import-diff", chain.files["b"], "--to-file", str(raw))
     assert repeated.returncode == 3
     assert "stands at c" in repeated.stderr
+    raw.unlink()
+    pair.source.snap(chain.name, "d")
+    ours("export-diff", f"vms/{chain.name}@d", str(tmp_path / "d"), "--from-snap", "c")
+    gone = command("import-diff", str(tmp_path / "d"), "--to-file", str(raw))
+    assert gone.returncode == 3
+    assert "is not there" in gone.stderr
+    assert not raw.exists()
+
+
+async def imported(pair: Pair, copy: str, file: Path) -> Imported:
+    """Import a diff in this process."""
+    with (
+        Cluster(ClusterSettings(conf=str(pair.lab.target.conf), user="siphon"), 30) as cluster,
+        Reading(str(file)).open() as source,
+    ):
+        job = DiffImport(cluster, cluster.pool("vms-dr"), ImageSpec("vms-dr", copy), None, Options(), print)
+        return await job.run(DiffFile(source))
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_import_that_fails_before_anything_is_durable_starts_anew_with_the_same_stream_only(
+    pair: Pair, far: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    chain = Chain(pair, tmp_path, far)
+    write, calls = Image.write, []
+
+    async def failing(self: Image, offset: int, data: bytes) -> None:
+        calls.append(offset)
+        if len(calls) > good:
+            raise SiphonError("the disk is on fire")
+        await write(self, offset, data)
+
+    monkeypatch.setattr(Image, "write", failing)
+    with pytest.raises(SiphonError, match="on fire"):
+        asyncio.run(imported(pair, chain.copy, Path(chain.files["b"])))
+    monkeypatch.undo()
+    assert pair.target.snapshots(chain.copy) == ["a"]
+    # The same points, another content: what the failed run wrote is in no diff of theirs.
+    other = bytearray(Path(chain.files["b"]).read_bytes())
+    other[-5000] ^= 1
+    (tmp_path / "other").write_bytes(other)
+    refused = command("import-diff", str(tmp_path / "other"), chain.spec, *far)
+    assert refused.returncode == 3, refused.stderr
+    ours("import-diff", chain.files["b"], chain.spec, *far)
+    same(pair, chain.name, chain.copy, ("a", "b"))
+
+
+def test_an_import_that_fails_while_it_commits_is_finished_by_the_same_stream_only(
+    pair: Pair, far: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(pair, tmp_path, far)
+
+    def failing(self: Image, key: str) -> None:
+        raise SiphonError(f"{key} of {self.spec} cannot be removed")
+
+    monkeypatch.setattr(Image, "remove_metadata", failing)
+    with pytest.raises(SiphonError, match="cannot be removed"):
+        asyncio.run(imported(pair, chain.copy, Path(chain.files["b"])))
+    monkeypatch.undo()
+    other = bytearray(Path(chain.files["b"]).read_bytes())
+    other[-5000] ^= 1
+    (tmp_path / "other").write_bytes(other)
+    assert command("import-diff", str(tmp_path / "other"), chain.spec, *far).returncode == 3
+    ours("import-diff", chain.files["b"], chain.spec, *far)
+    assert "siphon.diff" not in pair.target.metadata(chain.copy)
+    same(pair, chain.name, chain.copy, ("a", "b"))
+
+
+def test_unchecked_refuses_what_rbd_refuses_before_it_writes(pair: Pair, far: list[str], tmp_path: Path) -> None:
+    chain = Chain(pair, tmp_path, far)
+    for point in ("b", "c"):
+        ours("import-diff", chain.files[point], chain.spec, "--unchecked", *far)
+    again = command("import-diff", chain.files["b"], chain.spec, "--unchecked", *far)
+    assert again.returncode == 3
+    assert pair.target.digest(chain.copy) == pair.source.digest(chain.name, "c")
+
+
+def test_what_the_agent_knew_of_a_replica_is_not_carried_into_another_image(pair: Pair, far: list[str], tmp_path: Path) -> None:
+    name = pair.new("carried")
+    pair.sync_now(name)
+    with pair.target.image(name) as image:
+        image.metadata_set("kept", "yes")
+    pair.lab.target.rbd("export", "--no-progress", "--export-format", "2", f"vms-dr/{name}", str(tmp_path / "replica"))
+    copy = unique("carried")
+    ours("import", str(tmp_path / "replica"), f"vms-dr/{copy}", *far)
+    assert pair.target.metadata(copy) == {"kept": "yes"}
+
+
+def test_what_a_killed_import_left_is_removed_by_the_next(pair: Pair, far: list[str], tmp_path: Path) -> None:
+    copy, other = unique("killed"), unique("other")
+    mine, theirs = (unfinished_prefix(ImageSpec("vms-dr", each)) + "00000000" for each in (copy, other))
+    for each in (mine, theirs):
+        pair.target.create(each)
+        pair.target.snap(each, "half")
+    (tmp_path / "raw").write_bytes(random.Random(1).randbytes(8 * MIB))
+    ours("import", str(tmp_path / "raw"), f"vms-dr/{copy}", *far)
+    left = pair.target.names()
+    assert mine not in left
+    assert theirs in left
+    pair.target.remove(theirs)
+
+
+def test_an_import_stopped_by_a_signal_leaves_no_image(pair: Pair, far: list[str]) -> None:
+    copy = unique("stopped")
+    spec = ImageSpec("vms-dr", copy)
+    running = subprocess.Popen([SIPHON, "import", "-", f"vms-dr/{copy}", *far], stdin=subprocess.PIPE)
+    assert running.stdin is not None
+    running.stdin.write(bytes(MIB) + random.Random(1).randbytes(8 * MIB))
+    running.stdin.flush()
+    deadline = time.monotonic() + 20
+    while not any(each.startswith(unfinished_prefix(spec)) for each in pair.target.names()):
+        assert time.monotonic() < deadline, "the import never began"
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    running.stdin.close()
+    assert running.wait(10) == 128 + signal.SIGTERM
+    assert not any(each == copy or each.startswith(unfinished_prefix(spec)) for each in pair.target.names())
