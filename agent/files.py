@@ -145,7 +145,7 @@ def whole(name: str, *, force: bool = False) -> Iterator[Writing]:
         writing.finish()
         refuse_existing(path, force=force)
         temporary.rename(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -160,7 +160,8 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path} exists", hint="--force replaces a file" if path.is_file() else "it is no file")
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """See the names in a folder on the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

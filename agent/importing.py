@@ -215,7 +215,7 @@ class DiffImport:
         try:
             await blocking(resize, image, header.size)
             while events := await blocking(diff.batch):
-                await _write_all(writes, events, header.size)
+                await write_all(writes, events, header.size)
             self._as_told(diff)
             await writes.settle()
             if header.end:
@@ -287,7 +287,7 @@ class DiffImport:
         await blocking(resize, image, header.size)
         writes = Writes(image)
         try:
-            await _write_all(writes, held, header.size)
+            await write_all(writes, held, header.size)
             await self._stream(diff, image, writes, mark)
             self._as_told(diff)
             await writes.settle()
@@ -368,7 +368,7 @@ class DiffImport:
                 durable, since = given, loop.time()
             now = DiffMark(mark.header, durable, diff.position, diff.digest)
             await blocking(image.set_metadata, DIFF_KEY, encode(now))
-            await _write_all(writes, window, mark.header.size)
+            await write_all(writes, window, mark.header.size)
             given = diff.position
 
     def _me(self) -> Hand:
@@ -381,7 +381,8 @@ class DiffImport:
         )
 
 
-async def _write_all(writes: Writes, events: list[Event], size: int) -> None:
+async def write_all(writes: Writes, events: list[Event], size: int) -> None:
+    """Start writing what `events` hold; UsageError if it lies behind the image's end at `size`."""
     for event in events:
         match event:
             case Data(offset, data):

@@ -7,10 +7,12 @@ known is refused, with the line that would pin it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import posixpath
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import asyncssh
 
-from agent.errors import LinkError, SiphonError, SiteError, UsageError
+from agent.errors import LinkError, NotFoundError, SiphonError, SiteError, UsageError
 from agent.spec import TargetSpec
 
 #: Unsent bytes above which writing waits, and below which it goes on.
@@ -174,12 +176,9 @@ class _Known(asyncssh.SSHClient):
 
 
 @asynccontextmanager
-async def worker_channel(
-    target: TargetSpec, settings: SshSettings, command: str, timeout: float, say: Callable[[str], None]
-) -> AsyncIterator[SshChannel]:
-    """Connect to the target's host, start `command` there and yield the channel to it."""
+async def _connected(target: TargetSpec, settings: SshSettings, timeout: float) -> AsyncIterator[asyncssh.SSHClientConnection]:
+    """Connect to the target's host; LinkError or SiteError if that cannot be."""
     known = _Known()
-    say(f"ssh {target.user + '@' if target.user else ''}{target.host} {command}")
     try:
         async with asyncio.timeout(timeout):
             connection, _ = await asyncssh.create_connection(lambda: known, target.host, **_options(target, settings, timeout))
@@ -190,6 +189,23 @@ async def worker_channel(
     _spare_ignores(connection)
     _gather_packets(connection)
     try:
+        yield connection
+    finally:
+        connection.close()
+        try:
+            async with asyncio.timeout(2):
+                await connection.wait_closed()
+        except TimeoutError:
+            connection.abort()
+
+
+@asynccontextmanager
+async def worker_channel(
+    target: TargetSpec, settings: SshSettings, command: str, timeout: float, say: Callable[[str], None]
+) -> AsyncIterator[SshChannel]:
+    """Connect to the target's host, start `command` there and yield the channel to it."""
+    say(f"ssh {target.user + '@' if target.user else ''}{target.host} {command}")
+    async with _connected(target, settings, timeout) as connection:
         try:
             client = _Client(say)
             async with asyncio.timeout(timeout):
@@ -201,13 +217,82 @@ async def worker_channel(
             yield client.channel
         finally:
             channel.close()
-    finally:
-        connection.close()
+
+
+class SftpFolder:
+    """A folder at another host, by SFTP; a `Store` of agent/store.py."""
+
+    def __init__(self, sftp: asyncssh.SFTPClient, root: str, place: str) -> None:
+        self.place = place
+        self._sftp = sftp
+        self._root = root
+
+    async def names(self, folder: str) -> list[str]:
+        """Return what lies in a folder, sorted."""
+        with self._explained(f"listing {folder or 'the archive'}"):
+            try:
+                return sorted(str(name) for name in await self._sftp.listdir(self._path(folder)) if name not in (".", ".."))
+            except asyncssh.SFTPNoSuchFile:
+                return []
+
+    async def read(self, name: str) -> bytes:
+        """Return a file's content; NotFoundError if there is none."""
+        with self._explained(f"reading {name}"):
+            try:
+                async with self._sftp.open(self._path(name), "rb") as file:
+                    data: Any = await file.read()  # bytes, since it was opened so
+                    return bytes(data)
+            except asyncssh.SFTPNoSuchFile:
+                raise NotFoundError(f"there is no file {name} in {self.place}") from None
+
+    async def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        path = self._path(name)
+        with self._explained(f"writing {name}"):
+            await self._sftp.makedirs(posixpath.dirname(path), exist_ok=True)
+            async with self._sftp.open(f"{path}.partial", "wb") as file:
+                await file.write(data)
+                with contextlib.suppress(asyncssh.SFTPOpUnsupported):  # an extension, which OpenSSH has
+                    await file.fsync()
+            await self._sftp.posix_rename(f"{path}.partial", path)
+
+    async def rename(self, name: str, new: str) -> None:
+        """Give a folder another name."""
+        with self._explained(f"renaming {name}"):
+            await self._sftp.rename(self._path(name), self._path(new))
+
+    async def remove(self, folder: str) -> None:
+        """Remove a folder and what is in it."""
+        with self._explained(f"removing {folder}"), contextlib.suppress(asyncssh.SFTPNoSuchFile):
+            await self._sftp.rmtree(self._path(folder))
+
+    def _path(self, name: str) -> str:
+        return posixpath.join(self._root, name) if name else self._root
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
         try:
-            async with asyncio.timeout(2):
-                await connection.wait_closed()
-        except TimeoutError:
-            connection.abort()
+            yield
+        except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection) as error:
+            raise LinkError(f"{doing} in {self.place}: the connection broke: {error.reason}") from error
+        except asyncssh.SFTPError as error:
+            raise SiteError(f"{doing} in {self.place}: {error.reason}") from error
+        except (asyncssh.Error, OSError) as error:
+            raise LinkError(f"{doing} in {self.place}: {error}") from error
+
+
+@asynccontextmanager
+async def sftp_folder(target: TargetSpec, root: str, settings: SshSettings, timeout: float) -> AsyncIterator[SftpFolder]:
+    """Connect to a host and yield a folder there."""
+    async with _connected(target, settings, timeout) as connection:
+        try:
+            sftp = await connection.start_sftp_client()
+        except (asyncssh.Error, OSError) as error:
+            raise SiteError(
+                f"{target.host} offers no SFTP: {error}", hint="its sshd needs: Subsystem sftp internal-sftp"
+            ) from error
+        async with sftp:
+            yield SftpFolder(sftp, root, f"{target.host}:{root}")
 
 
 def _spare_ignores(connection: asyncssh.SSHClientConnection) -> None:

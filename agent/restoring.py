@@ -61,7 +61,7 @@ async def import_image(pool: Pool, spec: ImageSpec, source: Reading, form: int, 
 
 async def _raw(pool: Pool, spec: ImageSpec, source: Reading, first: bytes, layout: Layout) -> Imported:
     size = source.size if source.regular else len(first)
-    async with _new(pool, spec, Shape(size, layout.order or 22, 0), layout) as image:
+    async with new_image(pool, spec, Shape(size, layout.order or 22, 0), layout) as image:
         writes, at, data = Writes(image), 0, first
         try:
             while data:
@@ -97,7 +97,7 @@ async def _format_2(
         stripe_unit=header.stripe_unit if striping else 0,
         stripe_count=striping,
     )
-    async with _new(pool, spec, shape, layout) as image:
+    async with new_image(pool, spec, shape, layout) as image:
         for key, value in header.metadata.items():
             if not key.startswith(METADATA_PREFIX):  # what the agent knew of another image is false of this one
                 await blocking(image.set_metadata, key, value)
@@ -164,7 +164,7 @@ def unfinished_prefix(spec: ImageSpec) -> str:
 
 
 @asynccontextmanager
-async def _new(pool: Pool, spec: ImageSpec, shape: Shape, layout: Layout) -> AsyncIterator[Image]:
+async def new_image(pool: Pool, spec: ImageSpec, shape: Shape, layout: Layout) -> AsyncIterator[Image]:
     """Make an image under a temporary name; give it its own if the block ends well, remove it otherwise."""
     prefix = unfinished_prefix(spec)
     for leftover in await blocking(pool.images):

@@ -68,6 +68,26 @@ def parse_target(text: str, source: ImageSpec) -> TargetSpec:
     return TargetSpec(host, _place(match["place"], text, source), match["user"] or "", port)
 
 
+class StoreSpec(Value, frozen=True):
+    """Where an archive lies: a folder here, or at a host."""
+
+    folder: str
+    host: TargetSpec | None = None
+
+
+def parse_store(text: str) -> StoreSpec:
+    """Read a folder, or `[user@]host[:port]:folder`; as with scp, a colon before any slash makes it a host's."""
+    if not text:
+        raise UsageError("an archive needs a folder")
+    if ":" not in text.partition("/")[0]:
+        return StoreSpec(text)
+    match = _TARGET.fullmatch(text)
+    if match is None or not match["place"]:
+        raise UsageError(f"{text!r} is no place for an archive", hint="write FOLDER or [USER@]HOST[:PORT]:FOLDER")
+    host = TargetSpec(match["host"].strip("[]"), ImageSpec("", ""), match["user"] or "", int(match["port"] or 0))
+    return StoreSpec(match["place"], host)
+
+
 def _place(place: str, text: str, source: ImageSpec) -> ImageSpec:
     if not place:
         return source

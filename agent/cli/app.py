@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from agent import __version__
-from agent.cli import diffs, images, sync, worker
+from agent.cli import archive, diffs, images, sync, worker
 
 EPILOG = (
     "Exit codes: 0 done or up to date · 1 unexpected failure · 2 usage or configuration · 3 conflict, refused to write · "
@@ -35,6 +35,7 @@ for _name, _verb in (
     ("import", images.import_),
 ):
     app.command(_name, epilog=EPILOG)(_verb)
+app.add_typer(archive.app, name="archive", epilog=EPILOG)
 app.command("worker", epilog=EPILOG)(worker.worker)
 
 

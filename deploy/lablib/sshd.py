@@ -34,6 +34,7 @@ UseDNS no
 PrintMotd no
 PermitUserEnvironment no
 LogLevel ERROR
+Subsystem sftp internal-sftp
 SetEnv {environment}
 """
 CLIENT = """\

@@ -17,7 +17,7 @@ def recipes() -> list[str]:
     text = README.read_text()
     text = text[text.index("### Recipes") : text.index("## What you can rely on")]
     found = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    assert len(found) == 2
+    assert len(found) == 3
     return found
 
 
@@ -34,14 +34,15 @@ def test_the_recipes_of_the_readme_do_what_they_say(pair: Pair, tmp_path: Path) 
     ssh.chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
     for block in recipes():
-        script = block.replace("web-1", name)
+        script = block.replace("web-1", name).replace("/srv/archive", str(tmp_path / "archive"))
         done = subprocess.run(
             ["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
     assert pair.same(name) == ["mon", "tue", "wed"]
     with pair.source.image(name, "wed") as image:
-        assert (tmp_path / "disk.raw").read_bytes() == image.read(0, image.size())
+        for raw in ("disk.raw", f"{name}.raw"):
+            assert (tmp_path / raw).read_bytes() == image.read(0, image.size())
 
 
 def test_a_diff_verb_without_standard_output_or_with_a_deaf_one_ends_without_a_traceback(pair: Pair, tmp_path: Path) -> None:

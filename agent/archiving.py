@@ -1,0 +1,146 @@
+"""An archive and a cluster: push an image's point, and bring points back as an image or a raw file."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+
+from agent.archive import Archive, entry_for, now
+from agent.chain import Entry
+from agent.cluster import Cluster, Image, Pool
+from agent.diff import Data, Decoder, Encoder, Event, Zero
+from agent.errors import ConflictError, NotFoundError
+from agent.files import Writing
+from agent.importing import Writes, resize, write_all
+from agent.manifest import Point
+from agent.merge import Header, merged
+from agent.model import ImageSpec, Shape, Snapshot, Source
+from agent.names import PEER_PREFIX, snapshot_name, tag
+from agent.release import Peer, confirm, prune_source, take_snapshot
+from agent.restoring import Layout, new_image
+from agent.source import observe, require
+from agent.spec import SourceSpec
+from agent.store import Store
+from agent.threads import blocking
+
+Say = Callable[[str], None]
+
+
+async def push(store: Store, cluster: Cluster, pool: Pool, spec: SourceSpec, say: Say) -> Entry | None:
+    """Add the image's snapshot, or one taken now, to its archive; None if it is there already."""
+    source = await blocking(observe, pool, spec.image, cluster.fsid)
+    archive = await Archive.of(store, source.identity, spec.image.image)
+    chains = await archive.chains()
+    last = chains[-1][-1] if chains else None
+    place = tag(f"archive {store.place}", spec.image)
+    end = await _end(archive, pool, source, spec, place)
+    if last is not None and last.end.snapshot.id >= end.id:
+        if last.end.snapshot == end:
+            return None
+        raise ConflictError(
+            f"the archive is at {last.end.snapshot.name} already, which is newer than {end.name}", hint="push a newer snapshot"
+        )
+    base = last.end if last is not None and last.end.snapshot in source.snapshots else None
+    if last is not None and base is None:
+        say(f"the source has lost {last.end.snapshot.name}, where the archive ends: this push is a full one")
+    image = await blocking(pool.open, spec.image.image)
+    try:
+        point = Point(end, await blocking(image.taken_at, end.id))
+        entry = entry_for(source.identity, str(spec.image), base, point)
+        still = _still(pool, spec.image, base.snapshot if base else None, end)
+        done = await archive.push(image, entry, still, say)
+    finally:
+        await blocking(image.close)
+    peer = Peer(f"archive {store.place}", end, now())
+    pinned = await blocking(confirm, pool, spec.image, f"{PEER_PREFIX}{place}", peer)
+    if not spec.snapshot:
+        await blocking(prune_source, pool, spec.image, place, 1, pinned | {end.id})
+    return done
+
+
+async def _end(archive: Archive, pool: Pool, source: Source, spec: SourceSpec, place: str) -> Snapshot:
+    """Return the snapshot to push: the one named, the one whose push was broken off, or one taken now."""
+    if spec.snapshot:
+        found = next((each for each in source.snapshots if each.name == spec.snapshot), None)
+        if found is None:
+            raise NotFoundError(f"there is no snapshot {spec.image}@{spec.snapshot}")
+        return found
+    begun = await archive.begun()
+    if begun is not None and begun.end.snapshot in source.snapshots:
+        return begun.end.snapshot
+    name = snapshot_name(datetime.now(UTC), place, secrets.randbits(16))
+    return await blocking(take_snapshot, pool, spec.image, name)
+
+
+def _still(pool: Pool, spec: ImageSpec, base: Snapshot | None, end: Snapshot) -> Callable[[], None]:
+    return lambda: require(pool, spec, base, end)
+
+
+async def restore_image(
+    archive: Archive, points: Sequence[Entry], pool: Pool, spec: ImageSpec, layout: Layout, *, all_points: bool
+) -> None:
+    """Make the image `spec` from a chain's points; with `all_points` each of them becomes a snapshot."""
+    if await blocking(pool.image_id, spec.image) is not None:
+        raise ConflictError(f"{spec} exists already", hint="name another image; nothing is restored over one that exists")
+    shape = Shape(points[0].size, layout.order or 22, 0)
+    async with new_image(pool, spec, shape, layout) as image:
+        writes = Writes(image)
+        try:
+            if all_points:
+                for each in points:
+                    await _apply(archive, each, image, writes)
+            else:
+                await blocking(resize, image, points[-1].size)
+                stream = _stream(archive, points)
+                decoder = Decoder()
+                while events := await blocking(_some, stream, decoder):
+                    await write_all(writes, events, points[-1].size)
+                await writes.settle()
+        finally:
+            await writes.abandon()
+
+
+async def _apply(archive: Archive, entry: Entry, image: Image, writes: Writes) -> None:
+    await blocking(resize, image, entry.size)
+    decoder = Decoder()
+    async for data in archive.unpacked(entry):
+        await write_all(writes, await blocking(decoder.feed, data), entry.size)
+    decoder.end()
+    await writes.settle()
+    await blocking(image.take_snapshot, entry.end.snapshot.name)
+
+
+async def restore_file(archive: Archive, points: Sequence[Entry], out: Writing) -> None:
+    """Write the content of the last of a chain's points to a raw file, with holes."""
+    stream, decoder = _stream(archive, points), Decoder()
+
+    def put(events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Data):
+                if event.offset > out.written:
+                    out.skip(event.offset - out.written)
+                out.write(event.data)
+
+    while events := await blocking(_some, stream, decoder):
+        await blocking(put, events)
+    if points[-1].size > out.written:
+        await blocking(out.skip, points[-1].size - out.written)
+
+
+def _stream(archive: Archive, points: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+    """Yield the diff from nothing to the last point, merged as it is read, so that every byte is written once."""
+    header = Header("", points[-1].end.snapshot.name, points[-1].size)
+    return merged(archive.layers(points), header, Encoder())
+
+
+def _some(stream: Iterator[bytes | memoryview], decoder: Decoder) -> list[Event]:
+    """Return the next events of a diff, empty at its end."""
+    events: list[Event] = []
+    while not events and not decoder.done:
+        data = next(stream, None)
+        if data is None:
+            decoder.end()
+            break
+        events = [each for each in decoder.feed(data) if isinstance(each, Data | Zero)]
+    return events
