@@ -12,7 +12,9 @@ A point's folder gets its name once all of it is there. The parts of a point unp
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import quote
@@ -27,6 +29,7 @@ from agent.cluster import Image
 from agent.diff import DataRecord, Decoder, Encoder, Event, FormatError, FromSnapshot, Size, ToSnapshot, Zero
 from agent.difffile import Ordered
 from agent.errors import DataError, NotFoundError
+from agent.exporting import owned
 from agent.manifest import Point
 from agent.merge import Header, merged
 from agent.model import ImageIdentity
@@ -38,7 +41,7 @@ from agent.threads import blocking
 PART = 32 << 20
 _LEVEL = 3
 _GATHER = 4 << 20
-ENTRY = "entry.json"
+ENTRY, _ID = "entry.json", "archive-id"
 _PUSHING, _FOLDING, _REMOVING = ".pushing", ".folding", ".removing"
 
 
@@ -65,7 +68,7 @@ class Archive:
     @classmethod
     async def named(cls, store: Store, image: str) -> Archive:
         """Return the archive that goes by an image's name (or by its whole folder's); NotFoundError if there is none."""
-        names = [name for name in await store.names("") if not name.startswith(".")]
+        names = await store.names("")
         found = [name for name in names if name == image or name.rpartition(".")[0] == quote(image, safe="")]
         if len(found) == 1:
             return cls(store, found[0])
@@ -78,7 +81,10 @@ class Archive:
         for name in await self._store.names(self.folder):
             if is_point(name):
                 path = f"{self.folder}/{name}/{ENTRY}"
-                found.append(parsed(await self._store.read(path), f"{self._store.place}/{path}"))
+                try:
+                    found.append(parsed(await self._store.read(path), f"{self._store.place}/{path}"))
+                except NotFoundError as error:
+                    raise DataError(f"{self.folder}/{name} is no whole point: {error}") from error
         return found
 
     async def chains(self) -> list[list[Entry]]:
@@ -129,6 +135,7 @@ class Archive:
         if group:
             say(f"merging {len(group)} points into {group[-1].end.snapshot.name}")
             made = await self._merge(group)
+            await self.verify(made)  # as it lies there, before anything it replaces goes
             replaced += made.replaces
         for name in replaced:
             if made is None or name != made.name:
@@ -140,6 +147,20 @@ class Archive:
         await self._store.remove(f"{self.folder}/{_REMOVING}")
         await self._store.rename(f"{self.folder}/{name}", f"{self.folder}/{_REMOVING}")
         await self._store.remove(f"{self.folder}/{_REMOVING}")
+
+    def locked(self) -> AbstractAsyncContextManager[None]:
+        """Keep other commands off this archive; LockedError if one is at work."""
+        return self._store.lock(self.folder)
+
+    async def identity(self) -> str:
+        """Return what tells this archive from every other, wherever it lies now and however that is spelt."""
+        name = f"{self.folder}/{_ID}"
+        try:
+            return (await self._store.read(name)).decode(errors="replace").strip()
+        except NotFoundError:
+            made = secrets.token_hex(16)
+            await self._store.write(name, f"{made}\n".encode())
+            return made
 
     async def drop(self, chain: list[Entry]) -> None:
         """Remove a whole chain, its newest point first, so that what is left can always be restored."""
@@ -210,9 +231,12 @@ class Layer(Ordered):
 
 def _events(parts: Iterator[bytes]) -> Iterator[Event]:
     decoder = Decoder()
-    for data in parts:
-        yield from decoder.feed(data)
-    decoder.end()
+    try:
+        for data in parts:
+            yield from decoder.feed(data)
+        decoder.end()
+    except (FormatError, NotFoundError) as error:
+        raise DataError(f"a point of the archive is damaged: {error}") from error
 
 
 def _gather(stream: Iterator[bytes | memoryview]) -> bytes:
@@ -311,7 +335,7 @@ class _Parts:
             await self._flush()
 
     def _take(self, *parts: bytes | memoryview) -> None:
-        self._held += parts
+        self._held += map(owned, parts)
         self._size += sum(len(part) for part in parts)
 
     async def _flush(self) -> None:
@@ -325,7 +349,7 @@ class _Parts:
 
     async def close(self) -> Entry:
         """Write what is left, and return the whole entry."""
+        # With the last part the entry says that nothing is left to go on with.
+        self._at = 0
         await self._flush()
-        self.entry = msgspec.structs.replace(self.entry, until=0)
-        await self.store.write(f"{self.folder}/{ENTRY}", packed(self.entry))
         return self.entry

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from agent.archive import Archive, entry_for, now
 from agent.chain import Entry
 from agent.cluster import Cluster, Image, Pool
-from agent.diff import Data, Decoder, Encoder, Event, Zero
-from agent.errors import ConflictError, NotFoundError
+from agent.diff import Data, Decoder, Encoder, Event, FormatError, Zero
+from agent.errors import ConflictError, DataError, NotFoundError
 from agent.files import Writing
 from agent.importing import Writes, resize, write_all
 from agent.manifest import Point
@@ -31,10 +31,17 @@ async def push(store: Store, cluster: Cluster, pool: Pool, spec: SourceSpec, say
     """Add the image's snapshot, or one taken now, to its archive; None if it is there already."""
     source = await blocking(observe, pool, spec.image, cluster.fsid)
     archive = await Archive.of(store, source.identity, spec.image.image)
+    async with archive.locked():
+        return await _push(archive, cluster, pool, spec, say)
+
+
+async def _push(archive: Archive, cluster: Cluster, pool: Pool, spec: SourceSpec, say: Say) -> Entry | None:
+    source = await blocking(observe, pool, spec.image, cluster.fsid)
     chains = await archive.chains()
     last = chains[-1][-1] if chains else None
-    place = tag(f"archive {store.place}", spec.image)
-    end = await _end(archive, pool, source, spec, place)
+    which = await archive.identity()
+    place = tag(f"archive {which}", ImageSpec("", source.identity.image_id))
+    end = await _end(archive, pool, source, spec, place, last)
     if last is not None and last.end.snapshot.id >= end.id:
         if last.end.snapshot == end:
             return None
@@ -52,14 +59,14 @@ async def push(store: Store, cluster: Cluster, pool: Pool, spec: SourceSpec, say
         done = await archive.push(image, entry, still, say)
     finally:
         await blocking(image.close)
-    peer = Peer(f"archive {store.place}", end, now())
+    peer = Peer(f"archive {which}", end, now())
     pinned = await blocking(confirm, pool, spec.image, f"{PEER_PREFIX}{place}", peer)
     if not spec.snapshot:
         await blocking(prune_source, pool, spec.image, place, 1, pinned | {end.id})
     return done
 
 
-async def _end(archive: Archive, pool: Pool, source: Source, spec: SourceSpec, place: str) -> Snapshot:
+async def _end(archive: Archive, pool: Pool, source: Source, spec: SourceSpec, place: str, last: Entry | None) -> Snapshot:
     """Return the snapshot to push: the one named, the one whose push was broken off, or one taken now."""
     if spec.snapshot:
         found = next((each for each in source.snapshots if each.name == spec.snapshot), None)
@@ -67,7 +74,8 @@ async def _end(archive: Archive, pool: Pool, source: Source, spec: SourceSpec, p
             raise NotFoundError(f"there is no snapshot {spec.image}@{spec.snapshot}")
         return found
     begun = await archive.begun()
-    if begun is not None and begun.end.snapshot in source.snapshots:
+    newer = begun is not None and (last is None or begun.end.snapshot.id > last.end.snapshot.id)
+    if begun is not None and newer and begun.end.snapshot in source.snapshots:
         return begun.end.snapshot
     name = snapshot_name(datetime.now(UTC), place, secrets.randbits(16))
     return await blocking(take_snapshot, pool, spec.image, name)
@@ -104,9 +112,12 @@ async def restore_image(
 async def _apply(archive: Archive, entry: Entry, image: Image, writes: Writes) -> None:
     await blocking(resize, image, entry.size)
     decoder = Decoder()
-    async for data in archive.unpacked(entry):
-        await write_all(writes, await blocking(decoder.feed, data), entry.size)
-    decoder.end()
+    try:
+        async for data in archive.unpacked(entry):
+            await write_all(writes, await blocking(decoder.feed, data), entry.size)
+        decoder.end()
+    except FormatError as error:
+        raise DataError(f"the point {entry.end.snapshot.name} is damaged: {error}") from error
     await writes.settle()
     await blocking(image.take_snapshot, entry.end.snapshot.name)
 

@@ -125,7 +125,7 @@ def up_to(chains: Sequence[list[Entry]], wanted: str) -> list[Entry]:
 def _time(text: str) -> datetime | None:
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

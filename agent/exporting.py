@@ -37,9 +37,7 @@ class Sink:
     async def put(self, *parts: bytes | memoryview) -> None:
         """Take parts in order."""
         for part in parts:
-            # A small view would keep all of what was read alive.
-            small = isinstance(part, memoryview) and 2 * len(part) < memoryview(part.obj).nbytes
-            self._parts.append(bytes(part) if small else part)
+            self._parts.append(owned(part))
             self._held += len(part)
             self.bytes += len(part)
         if self._held >= _GATHER:
@@ -59,6 +57,13 @@ class Sink:
         for part in parts:
             self._state.update(part)
         self._out.write(*parts)
+
+
+def owned(part: bytes | memoryview) -> bytes | memoryview:
+    """Return a copy of a small view, which would keep all of what was read alive; anything else as it is."""
+    if isinstance(part, memoryview) and 2 * len(part) < memoryview(part.obj).nbytes:
+        return bytes(part)
+    return part
 
 
 @dataclass

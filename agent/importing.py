@@ -326,10 +326,9 @@ class DiffImport:
     async def _same_stream(self, diff: DiffFile, mark: DiffMark) -> list[Event]:
         """Read as far as an earlier run may have written, and see that it is the same stream; return what is not durable of it."""
         held: list[Event] = []
-        for until in (mark.durable, mark.begun):
-            held = []
+        for until, keep in ((mark.durable, False), (mark.begun, True)):
             while diff.position < until and (events := await blocking(diff.batch, until)):
-                if until == mark.begun:
+                if keep:
                     held += events
         if mark.begun and (diff.position, diff.digest) != (mark.begun, mark.digest):
             raise ConflictError(

@@ -52,6 +52,7 @@ def apply(diff: DiffFile, digest: str, file: str, manifest: Manifest | None, *, 
         os.ftruncate(fd, header.size)
         written = _write(fd, diff)
         if manifest is not None and (diff.digest, diff.position) != (manifest.digest, manifest.bytes):
+            _record(state, Place(place.snapshot, place.size, header))
             raise DataError(
                 f"{diff.source.name} is not what its manifest says: {file} is spoilt", hint="make it anew from a full diff"
             )

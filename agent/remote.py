@@ -20,7 +20,7 @@ from typing import Any
 
 import asyncssh
 
-from agent.errors import LinkError, NotFoundError, SiphonError, SiteError, UsageError
+from agent.errors import LinkError, LockedError, NotFoundError, SiphonError, SiteError, UsageError
 from agent.spec import TargetSpec
 
 #: Unsent bytes above which writing waits, and below which it goes on.
@@ -29,6 +29,8 @@ _HIGH, _LOW = 2 << 20, 512 << 10
 _PACKET = 32 << 10
 #: How much is handed to the socket at once, bytes; more would leave the processor's cache.
 _GATHERED = 256 << 10
+#: After how long a lock that nobody touches is taken over, seconds.
+_STALE = 600
 _MSG_IGNORE = 2  # RFC 4253, 12
 #: How much of the worker's diagnostics is kept to explain its end, bytes.
 _WORDS = 4096
@@ -176,12 +178,15 @@ class _Known(asyncssh.SSHClient):
 
 
 @asynccontextmanager
-async def _connected(target: TargetSpec, settings: SshSettings, timeout: float) -> AsyncIterator[asyncssh.SSHClientConnection]:
+async def _connected(
+    target: TargetSpec, settings: SshSettings, timeout: float, **more: Any
+) -> AsyncIterator[asyncssh.SSHClientConnection]:
     """Connect to the target's host; LinkError or SiteError if that cannot be."""
     known = _Known()
     try:
         async with asyncio.timeout(timeout):
-            connection, _ = await asyncssh.create_connection(lambda: known, target.host, **_options(target, settings, timeout))
+            options = _options(target, settings, timeout) | more
+            connection, _ = await asyncssh.create_connection(lambda: known, target.host, **options)
     except TimeoutError:
         raise LinkError(f"{target.host} does not answer within {timeout:.0f} s") from None
     except (asyncssh.Error, OSError, ValueError) as error:
@@ -261,6 +266,50 @@ class SftpFolder:
         with self._explained(f"renaming {name}"):
             await self._sftp.rename(self._path(name), self._path(new))
 
+    @asynccontextmanager
+    async def lock(self, folder: str) -> AsyncIterator[None]:
+        """Keep others off a folder by a file in it that is touched while we live; an old one is taken over."""
+        path = f"{self._path(folder)}/.lock"
+        with self._explained(f"locking {folder}"):
+            await self._sftp.makedirs(self._path(folder), exist_ok=True)
+            if await self._age(path) > _STALE:
+                await self._sftp.remove(path)
+            try:
+                async with self._sftp.open(path, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL):
+                    pass
+            except asyncssh.SFTPFailure as error:
+                raise LockedError(
+                    f"another command is at work on {self.place}/{folder}",
+                    hint=f"if none is: one that was cut off is taken over after {_STALE / 60:.0f} minutes, or remove {path}",
+                ) from error
+        touching = asyncio.create_task(self._touch(path))
+        try:
+            yield
+        finally:
+            touching.cancel()
+            with contextlib.suppress(asyncssh.Error, OSError):
+                await self._sftp.remove(path)
+
+    async def _age(self, path: str) -> float:
+        """Return how long ago a file was touched, by that host's own clock (seconds); 0 if it is not there."""
+        probe = f"{path}.{os.getpid()}"
+        try:
+            touched = (await self._sftp.stat(path)).mtime
+        except asyncssh.SFTPNoSuchFile:
+            return 0.0
+        async with self._sftp.open(probe, "wb"):
+            pass
+        now = (await self._sftp.stat(probe)).mtime
+        await self._sftp.remove(probe)
+        return float((now or 0) - (touched or 0))
+
+    async def _touch(self, path: str) -> None:
+        with contextlib.suppress(asyncssh.Error, OSError):  # whoever uses the connection hears of it too
+            while True:
+                await asyncio.sleep(_STALE / 10)
+                async with self._sftp.open(path, "wb") as file:
+                    await file.write(b"held")
+
     async def remove(self, folder: str) -> None:
         """Remove a folder and what is in it."""
         with self._explained(f"removing {folder}"), contextlib.suppress(asyncssh.SFTPNoSuchFile):
@@ -284,9 +333,11 @@ class SftpFolder:
 @asynccontextmanager
 async def sftp_folder(target: TargetSpec, root: str, settings: SshSettings, timeout: float) -> AsyncIterator[SftpFolder]:
     """Connect to a host and yield a folder there."""
-    async with _connected(target, settings, timeout) as connection:
+    # SFTP has no heartbeat of its own.
+    async with _connected(target, settings, timeout, keepalive_interval=timeout / 3, keepalive_count_max=3) as connection:
         try:
-            sftp = await connection.start_sftp_client()
+            async with asyncio.timeout(timeout):
+                sftp = await connection.start_sftp_client()
         except (asyncssh.Error, OSError) as error:
             raise SiteError(
                 f"{target.host} offers no SFTP: {error}", hint="its sshd needs: Subsystem sftp internal-sftp"

@@ -187,6 +187,9 @@ async def new_image(pool: Pool, spec: ImageSpec, shape: Shape, layout: Layout) -
 def _remove(pool: Pool, name: str) -> None:
     """Remove an unfinished image; one that is in use stays, for the next attempt to remove."""
     with contextlib.suppress(SiphonError):
+        with pool.open(name) as image:
+            if image.watchers():
+                return  # it may be another import's that is still at work
         with pool.open(name, writable=True) as image:
             for each in image.snapshots():
                 if image.is_protected(each.name):

@@ -82,7 +82,7 @@ def parse_store(text: str) -> StoreSpec:
     if ":" not in text.partition("/")[0]:
         return StoreSpec(text)
     match = _TARGET.fullmatch(text)
-    if match is None or not match["place"]:
+    if match is None or not match["place"] or int(match["port"] or 0) >= 1 << 16:
         raise UsageError(f"{text!r} is no place for an archive", hint="write FOLDER or [USER@]HOST[:PORT]:FOLDER")
     host = TargetSpec(match["host"].strip("[]"), ImageSpec("", ""), match["user"] or "", int(match["port"] or 0))
     return StoreSpec(match["place"], host)

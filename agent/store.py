@@ -5,13 +5,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
-from agent.errors import NotFoundError, SiphonError
+from agent.errors import LockedError, NotFoundError, SiphonError
 from agent.files import sync_folder, whole
 from agent.threads import blocking
+
+#: What lies in an archive's folder while a command is at work on it.
+LOCK = ".lock"
 
 
 class Store(Protocol):
@@ -34,6 +41,9 @@ class Store(Protocol):
     async def remove(self, folder: str) -> None:
         """Remove a folder and what is in it, if it is there."""
 
+    def lock(self, folder: str) -> AbstractAsyncContextManager[None]:
+        """Keep others off a folder while the block runs; LockedError if somebody is in it."""
+
 
 class Folder:
     """An archive in a local folder."""
@@ -45,7 +55,7 @@ class Folder:
     async def names(self, folder: str) -> list[str]:
         """Return what lies in a folder, sorted."""
         path = self._root / folder
-        return await blocking(lambda: sorted(each.name for each in path.iterdir()) if path.is_dir() else [])
+        return await blocking(_names, path)
 
     async def read(self, name: str) -> bytes:
         """Return a file's content; NotFoundError if there is none."""
@@ -68,6 +78,30 @@ class Folder:
         """Remove a folder and what is in it."""
         await blocking(shutil.rmtree, self._root / folder, ignore_errors=True)
 
+    @asynccontextmanager
+    async def lock(self, folder: str) -> AsyncIterator[None]:
+        """Keep others off a folder while the block runs, by a lock that ends with this process."""
+        path = self._root / folder / LOCK
+        fd = await blocking(self._locked, path)
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _locked(path: Path) -> int:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise SiphonError(f"{path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise LockedError(f"another command is at work on {path.parent}", hint="wait for it to end") from None
+        return fd
+
     def _write(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,3 +116,10 @@ class Folder:
             sync_folder(new.parent)
         except OSError as error:
             raise SiphonError(f"{old} cannot be renamed to {new}: {error.strerror}") from error
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return sorted(each.name for each in path.iterdir())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []

@@ -209,11 +209,10 @@ def _thin_out(image: str, dest: str, keep: int, ssh: SshSettings, timeout: float
     async def work() -> None:
         async with _store(dest, ssh, timeout) as store:
             archive = await Archive.named(store, image)
-            await archive.fold(keep, say)
-            chains = await archive.chains()
-            if old_chains:
+            async with archive.locked():
+                await archive.fold(keep, say)
                 left = keep
-                for chain in reversed(chains):
+                for chain in reversed(await archive.chains()) if old_chains else ():
                     if left <= 0:
                         await archive.drop(chain)
                     left -= len(chain)

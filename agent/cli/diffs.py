@@ -111,11 +111,10 @@ def import_diff(
 
         with Reading(file).open() as source:
             known = _manifest(file, manifest)
-            digest = known.digest if known is not None else ""
-            if source.regular:
-                if known is not None:
-                    _as_told(source, known)
-                digest = digest or digest_of(source)[0]
+            # Of a pipe it is not known before the end what comes through it, whatever a manifest says.
+            digest = digest_of(source)[0] if source.regular else ""
+            if known is not None and source.regular:
+                _as_told(source, known)
             apply(DiffFile(source), digest, to_file, known, allow_shrink=allow_shrink)
 
     async def work() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import random
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -114,7 +116,7 @@ def test_the_parts_unpack_without_this_program(pair: Pair, tmp_path: Path) -> No
     name, _ = pushed(pair, dest, 2)
     with pair.source.image(name, "p0") as image:
         copy = pair.target.create(unique("by-hand"), image.size())
-    for folder in sorted(tmp_path.glob("archive/*/*")):
+    for folder in sorted(tmp_path.glob("archive/*/[0-9]*")):
         line = f"cat {folder}/*.zst | zstd -dc | rbd --conf {pair.lab.target.conf} import-diff --no-progress - vms-dr/{copy}"
         subprocess.run(["bash", "-eo", "pipefail", "-c", line], check=True, capture_output=True)
     for point in ("p0", "p1"):
@@ -185,6 +187,42 @@ def test_a_push_cut_anywhere_leaves_the_chain_and_goes_on_without_what_arrived(
     restored(pair, name, dest, ["p0", "p1"], tmp_path)
 
 
+@pytest.mark.parametrize("where", ["folder", "sftp"])
+def test_two_commands_on_one_archive_exclude_each_other(pair: Pair, tmp_path: Path, where: str) -> None:
+    root = tmp_path / "archive"
+    dest = str(root) if where == "folder" else f"dr-site:{root}"
+    name, _ = pushed(pair, dest, 3)
+    lock = next(root.glob(f"{name}.*")) / ".lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        pair.source.snap(name, "later")
+        for words in (["push", f"vms/{name}@later", dest], ["compact", name, dest, "--keep", "1"]):
+            done = command("archive", *words)
+            assert done.returncode == 5, done.stderr
+            assert "another command is at work" in done.stderr
+    if where == "sftp":
+        os.utime(lock, (time.time() - 3600,) * 2)  # whoever made it was cut off long ago
+    ours("push", f"vms/{name}@later", dest)
+    assert ours("verify", name, dest).count("is whole") == 4
+    assert where == "folder" or not lock.exists()
+
+
+def test_two_archives_of_one_image_keep_a_base_each(pair: Pair, tmp_path: Path) -> None:
+    name = pair.new("twice")
+    places = [tmp_path / "disk", tmp_path / "other"]
+    for _ in range(2):
+        for place in places:
+            # Two disks that are mounted by turns at the same place.
+            place.mkdir(exist_ok=True)
+            place.rename(tmp_path / "mnt")
+            changed(pair, name, 1)
+            ours("push", f"vms/{name}", str(tmp_path / "mnt"))
+            (tmp_path / "mnt").rename(place)
+    for place in places:
+        assert [line.split()[2] for line in ours("list", str(place)).splitlines()] == ["full", "from"]
+    assert len(pair.source.snapshots(name)) == 2
+
+
 def test_a_compaction_cut_anywhere_never_leaves_less_than_a_chain(pair: Pair, tmp_path: Path) -> None:
     dest = str(tmp_path / "archive")
     name, points = pushed(pair, dest, 4)
@@ -221,6 +259,7 @@ def test_every_flipped_bit_and_every_missing_part_is_found(pair: Pair, tmp_path:
             assert command("archive", "restore", name, dest, str(tmp_path / "no"), "--to-file").returncode == 6
             assert not (tmp_path / "no").exists()
         part.unlink()
+        assert command("archive", "restore", name, dest, str(tmp_path / "no"), "--to-file").returncode == 6
         assert command("archive", "verify", name, dest).returncode == 6
         part.write_bytes(whole)
     ours("verify", name, dest)
@@ -250,6 +289,7 @@ def test_a_lost_base_begins_a_new_chain_and_prune_drops_the_old(pair: Pair, tmp_
         (["push", "vms/absent", "{dest}"], 2, "there is no image"),
         (["push", "vms/x", "dr-site:"], 2, "no place for an archive"),
         (["restore", "nothing", "{dest}", "vms/x"], 2, "holds no archive"),
+        (["list", "127.0.0.1:99999:/x"], 2, "no place for an archive"),
         (["list", "no-such-host.invalid:/x"], 4, "no-such-host.invalid"),
     ],
 )

@@ -331,6 +331,21 @@ def test_a_truncated_diff_makes_no_snapshot_and_the_whole_one_goes_on(pair: Pair
     same(pair, chain.name, chain.copy, ("a", "b"))
 
 
+def test_a_raw_file_that_a_damaged_pipe_spoilt_stays_spoilt(pair: Pair, far: list[str], tmp_path: Path) -> None:
+    chain, raw = Chain(pair, tmp_path, far, "--sidecar"), str(tmp_path / "disk.raw")
+    ours("import-diff", chain.files["a"], "--to-file", raw)
+    good = Path(chain.files["b"]).read_bytes()
+    manifest = ["--manifest", f"{chain.files['b']}.json"]
+    damaged = bytearray(good)
+    damaged[len(good) - 100] ^= 1
+    words = [SIPHON, "import-diff", "-", "--to-file", raw, *manifest]
+    spoilt = subprocess.run(words, input=bytes(damaged), capture_output=True, check=False)
+    assert spoilt.returncode == 6, spoilt.stderr
+    again = subprocess.run(words, input=good, capture_output=True, check=False)
+    assert again.returncode == 3, again.stderr
+    assert command("import-diff", chain.files["b"], "--to-file", raw).returncode == 3
+
+
 def test_a_manifest_tells_snapshots_of_one_name_apart_and_finds_every_flipped_bit(
     pair: Pair, far: list[str], tmp_path: Path
 ) -> None:

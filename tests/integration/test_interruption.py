@@ -232,6 +232,10 @@ def test_a_worker_that_is_cut_off_is_fenced_by_the_next_attempt(pair: Pair) -> N
     run = asyncio.run(go())
     assert run.result.attempts == 2
     assert pair.same(name) == [run.result.end]
+    story = list(zip(run.times, run.events, strict=True))
+    failed = next(at for at, each in story if isinstance(each, e.Retry))
+    moving = next(at for at, each in story if isinstance(each, e.Progress) and each.attempt == 2 and each.done)
+    assert moving - failed < 5
     asyncio.run(gone())
 
 
