@@ -26,10 +26,11 @@ import zstandard
 from agent import __version__
 from agent.chain import Entry, Part, chains_of, is_point, packed, parsed, to_fold
 from agent.cluster import Image
-from agent.diff import DataRecord, Decoder, Encoder, Event, FormatError, FromSnapshot, Size, ToSnapshot, Zero
+from agent.diff import Decoder, Encoder, Event, FormatError
 from agent.difffile import Ordered
 from agent.errors import DataError, NotFoundError
 from agent.exporting import owned
+from agent.inspection import Inspection
 from agent.manifest import Point
 from agent.merge import Header, merged
 from agent.model import ImageIdentity
@@ -175,11 +176,12 @@ class Archive:
         )
         writer = _Parts(self._store, f"{self.folder}/{_FOLDING}", entry)
         stream = merged(self.layers(group), Header("", last.end.snapshot.name, last.size), Encoder())
-        decoder, seen = Decoder(), Seen()
+        inspection = Inspection()
         while data := await blocking(_gather, stream):
-            seen.take(decoder.feed(data))
+            await blocking(inspection.feed, data)
             await writer.put(data)
-        writer.entry = msgspec.structs.replace(writer.entry, records=seen.records, data=seen.data, zeros=seen.zeros)
+        made = inspection.finish().diffs[0]
+        writer.entry = msgspec.structs.replace(writer.entry, records=made.records, data=made.data, zeros=made.zeros)
         return await self._finish(writer, _FOLDING)
 
     def layers(self, group: Sequence[Entry]) -> list[Layer]:
@@ -207,18 +209,19 @@ class Archive:
 
     async def verify(self, entry: Entry) -> None:
         """Read a point whole; DataError if anything in it is not as its entry says."""
-        decoder, found = Decoder(), Seen()
-        try:
-            async for data in self.unpacked(entry):
-                found.take(await blocking(decoder.feed, data))
-            decoder.end()
-        except FormatError as error:
-            raise DataError(f"{self.folder}/{entry.name}: {error}") from error
-        base = entry.base.snapshot.name if entry.base else ""
+        inspection = Inspection()
+        async for data in self.unpacked(entry):
+            await blocking(inspection.feed, data)
+        facts = inspection.finish()
+        where = f"{self.folder}/{entry.name}"
+        if facts.damage or facts.kind != "diff":
+            raise DataError(f"{where}: {facts.damage or 'it is no diff'}")
+        found = facts.diffs[0]
+        base = entry.base.snapshot.name if entry.base else None
         if (found.base, found.end, found.size) != (base, entry.end.snapshot.name, entry.size):
-            raise DataError(f"{self.folder}/{entry.name} is the diff {found.base} → {found.end}, and its entry says otherwise")
+            raise DataError(f"{where} is the diff {found.base} → {found.end}, and its entry says otherwise")
         if (found.records, found.data, found.zeros) != (entry.records, entry.data, entry.zeros):
-            raise DataError(f"{self.folder}/{entry.name} does not hold the records that its entry counts")
+            raise DataError(f"{where} does not hold the records that its entry counts")
 
 
 class Layer(Ordered):
@@ -273,35 +276,6 @@ def now() -> str:
 def entry_for(source: ImageIdentity, image: str, base: Point | None, end: Point) -> Entry:
     """Return the entry of a point that is about to be pushed."""
     return Entry(source, image, base, end, end.snapshot.size, (), now(), f"rbd-siphon {__version__}")
-
-
-@dataclass
-class Seen:
-    """What a diff says and holds."""
-
-    base: str = ""
-    end: str = ""
-    size: int = 0
-    records: int = 0
-    data: int = 0
-    zeros: int = 0
-
-    def take(self, events: list[Event]) -> None:
-        """Count events."""
-        for event in events:
-            match event:
-                case FromSnapshot(name):
-                    self.base = name
-                case ToSnapshot(name):
-                    self.end = name
-                case Size(size):
-                    self.size = size
-                case DataRecord(_, length):
-                    self.records, self.data = self.records + 1, self.data + length
-                case Zero(_, length):
-                    self.records, self.zeros = self.records + 1, self.zeros + length
-                case _:
-                    pass
 
 
 @dataclass

@@ -48,6 +48,8 @@ def pair(lab: Lab) -> Iterator[Pair]:
     from support import Pair, Site  # needs rados, which unit tests do without
 
     source, target = Site(lab.source, "vms"), Site(lab.target, "vms-dr")
-    yield Pair(lab, source, target)
+    pair = Pair(lab, source, target)
+    yield pair
+    pair.sweep()
     source.close()
     target.close()

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ from lablib.relay import Relay
 MIB = 1 << 20
 SIPHON = str(Path(sys.prefix) / "bin" / "rbd-siphon")
 _numbers = itertools.count(1)
+_given: list[str] = []
 
 
 def unique(stem: str) -> str:
     """Return an image name that no other test uses, in this run of the tests or an earlier one."""
-    return f"{stem}-{os.getpid()}-{next(_numbers)}"
+    name = f"{stem}-{os.getpid()}-{next(_numbers)}"
+    _given.append(name)
+    return name
 
 
 @dataclass
@@ -125,6 +129,15 @@ class Site:
                 state.update(image.read(offset, min(4 * MIB, size - offset)))
         return state.hexdigest()
 
+    def discard(self, name: str) -> None:
+        """Remove an image, if nothing holds it."""
+        with suppress(rbd.Error):
+            with self.image(name) as image:
+                for each in list(image.list_snaps()):
+                    if image.is_protected_snap(each["name"]):
+                        image.unprotect_snap(each["name"])
+            self.remove(name)
+
     def remove(self, name: str) -> None:
         with self.image(name) as image:
             for each in list(image.list_snaps()):
@@ -155,6 +168,14 @@ class Pair:
         if fill_with is not None:
             fill(self.source, name, fill_with)
         return name
+
+    def sweep(self) -> None:
+        """Remove the images of this run: a lab that is used for long would fill up."""
+        for site in (self.source, self.target):
+            there = set(site.names())
+            with ThreadPoolExecutor(8) as threads:
+                # Clones were made after their parents.
+                list(threads.map(site.discard, [name for name in reversed(_given) if name in there]))
 
     def place(self, name: str) -> str:
         return f"dr-site:{self.target.pool}/{name}"
