@@ -53,3 +53,9 @@ def pair(lab: Lab) -> Iterator[Pair]:
     pair.sweep()
     source.close()
     target.close()
+
+
+@pytest.fixture
+def far(pair: Pair) -> list[str]:
+    """Words that lead to the target cluster."""
+    return ["--conf", str(pair.lab.target.conf)]

@@ -291,3 +291,16 @@ def kill_workers(number: int = signal.SIGKILL) -> int:
     for pid in pids:
         os.kill(pid, number)
     return len(pids)
+
+
+def ours(*words: str) -> str:
+    """Run the installed `rbd-siphon`, which must end well, and return what it printed."""
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def same(pair: Pair, name: str, copy: str, points: tuple[str, ...] = ("a", "b", "c")) -> None:
+    """See that these points ("" is the present content) of a copy at the target are the source's."""
+    for point in points:
+        assert pair.target.digest(copy, point or None) == pair.source.digest(name, point or None), point
