@@ -12,7 +12,6 @@ from agent.cluster import Cluster, Image, Pool
 from agent.diff import Data, Decoder, Encoder, Event, FormatError, Zero
 from agent.errors import ConflictError, DataError, NotFoundError
 from agent.files import Writing
-from agent.importing import Writes, resize, write_all
 from agent.manifest import Point
 from agent.merge import Header, merged
 from agent.model import ImageSpec, Shape, Snapshot, Source
@@ -23,6 +22,7 @@ from agent.source import observe, require
 from agent.spec import SourceSpec
 from agent.store import Store
 from agent.threads import blocking
+from agent.writes import Writes, resize, write_all
 
 Say = Callable[[str], None]
 

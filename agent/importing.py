@@ -13,14 +13,13 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from agent.budget import Budget
 from agent.cluster import EXCLUSIVE_LOCK, Cluster, Image, Pool
 from agent.continuity import Standing
-from agent.diff import Data, Event, Zero
+from agent.diff import Event
 from agent.difffile import DiffFile
 from agent.errors import ConflictError, DataError, LinkError, NotFoundError, UsageError
 from agent.holding import Holding, settled_footing, take
@@ -30,10 +29,8 @@ from agent.model import Hand, ImageIdentity, ImageSpec, Origin, Snapshot, Value,
 from agent.names import DIFF_KEY, LINEAGE_KEY, origin_key
 from agent.survey import differs
 from agent.threads import blocking
-from agent.zeros import runs
+from agent.writes import Imported, Writes, resize, write_all
 
-#: Writes in flight, bytes.
-_FLIGHT = 32 << 20
 #: How much of a stream is announced at a time before it is written, bytes; it is held in memory.
 _WINDOW = 32 << 20
 #: How much is applied before it is made durable: what an interruption at worst repeats (bytes, seconds).
@@ -62,79 +59,6 @@ class Options:
 
     allow_shrink: bool = False
     unchecked: bool = False
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What an import did; `resumed_from` is the byte of the stream at which it went on."""
-
-    state: str
-    bytes: int
-    written: int
-    resumed_from: int | None = None
-
-
-class Writes:
-    """Writes in flight on an image, bounded; `settle` waits for all of them."""
-
-    def __init__(self, image: Image) -> None:
-        self.written = 0
-        self._image = image
-        self._budget = Budget(_FLIGHT)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._failed: BaseException | None = None
-
-    async def data(self, offset: int, data: bytes) -> None:
-        """Start writing `data`."""
-        self._check()
-        await self._budget.take(len(data))
-        self._start(self._write(offset, data))
-        self.written += len(data)
-
-    async def zeros(self, offset: int, length: int) -> None:
-        """Start making an extent zero."""
-        self._check()
-        # Zeros weigh nothing, but each is an operation.
-        await self._budget.take(64 << 10)
-        self._start(self._zero(offset, length))
-
-    async def settle(self) -> None:
-        """Wait until everything is durable; raises what failed."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        self._check()
-        await self._image.flush()
-
-    async def abandon(self) -> None:
-        """Wait for what is in flight, whatever comes of it: nobody may close the image before."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _check(self) -> None:
-        if self._failed is not None:
-            raise self._failed
-
-    def _start(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._failed = self._failed or error
-
-    async def _write(self, offset: int, data: bytes) -> None:
-        try:
-            await self._image.write(offset, data)
-        finally:
-            self._budget.give(len(data))
-
-    async def _zero(self, offset: int, length: int) -> None:
-        try:
-            await self._image.write_zeroes(offset, length)
-        finally:
-            self._budget.give(64 << 10)
 
 
 class DiffImport:
@@ -380,26 +304,6 @@ class DiffImport:
         )
 
 
-async def write_all(writes: Writes, events: list[Event], size: int) -> None:
-    """Start writing what `events` hold; UsageError if it lies behind the image's end at `size`."""
-    for event in events:
-        match event:
-            case Data(offset, data):
-                if offset + len(data) > size:
-                    raise UsageError(f"the diff writes at {offset}, behind the image's end at {size}")
-                whole = bytes(data)
-                for begin, end, holds in runs(offset, whole):
-                    if holds:
-                        await writes.data(offset + begin, whole[begin:end])
-                    else:
-                        await writes.zeros(offset + begin, end - begin)
-            case Zero(offset, length):
-                if offset < size:
-                    await writes.zeros(offset, min(length, size - offset))
-            case _:
-                pass
-
-
 @dataclass(frozen=True)
 class _Found:
     """What the image holds before anything is written."""
@@ -470,9 +374,3 @@ def _way_back(spec: ImageSpec, header: Header) -> str:
     if header.base:
         return f"give up what differs with: rbd snap rollback {spec}@{header.base}"
     return "import into a new image: rbd create --size … POOL/IMAGE"
-
-
-def resize(image: Image, size: int) -> None:
-    """Give the image that size, unless it has it."""
-    if image.size() != size:
-        image.resize(size)

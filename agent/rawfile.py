@@ -14,10 +14,10 @@ from agent.diff import Data, Zero
 from agent.difffile import DiffFile
 from agent.errors import ConflictError, DataError, SiphonError, UsageError
 from agent.files import whole
-from agent.importing import Imported
 from agent.manifest import Manifest
 from agent.merge import Header
 from agent.model import Value, decode, encode
+from agent.writes import Imported
 from agent.zeros import runs
 
 _CHUNK = 1 << 20

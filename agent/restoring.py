@@ -19,10 +19,10 @@ from agent.diff import Banner, Data, End, Event, FormatError, Protected, Size, T
 from agent.errors import ConflictError, DataError, SiphonError, UsageError
 from agent.files import CHUNK, Reading
 from agent.imagefile import ImageHeader, ImageReader
-from agent.importing import Imported, Writes, resize
 from agent.model import ImageSpec, Shape
 from agent.names import METADATA_PREFIX
 from agent.threads import blocking
+from agent.writes import Imported, Writes, resize
 from agent.zeros import runs
 
 _IMPORTING = "siphon-importing-"

@@ -15,9 +15,10 @@ from agent.cluster import Cluster, Image
 from agent.difffile import DiffFile
 from agent.errors import SiphonError
 from agent.files import Reading
-from agent.importing import DiffImport, Imported, Options
+from agent.importing import DiffImport, Options
 from agent.model import ImageSpec
 from agent.settings import ClusterSettings
+from agent.writes import Imported
 from support import MIB, SIPHON, Pair, command, ours, same, unique
 
 POINTS = ("a", "b", "c")
