@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -257,23 +258,30 @@ class Pool:
         with _explained(f"moving {self.spec(image)} to the trash"):
             rbd.RBD().trash_move(self._ioctx, image, 0)
 
-    def read_object(self, name: str) -> bytes | None:
-        """Return a small RADOS object's content, None if there is none."""
+    def read_object(self, name: str) -> tuple[bytes, int]:
+        """Return a small RADOS object's content and its version; nothing and 0 if there is none."""
         try:
             with _explained(f"reading {name}"):
-                return bytes(self._ioctx.read(name, 64 << 10))
+                return bytes(self._ioctx.read(name, 64 << 10)), int(self._ioctx.get_last_version())
         except NotFoundError:
-            return None
+            return b"", 0
 
-    def write_object(self, name: str, data: bytes) -> None:
-        """Write a small RADOS object whole."""
-        with _explained(f"writing {name}"):
-            self._ioctx.write_full(name, data)
-
-    def remove_object(self, name: str) -> None:
-        """Remove a RADOS object, if it is there."""
-        with contextlib.suppress(NotFoundError), _explained(f"removing {name}"):
-            self._ioctx.remove_object(name)
+    def swap_object(self, name: str, data: bytes, version: int) -> bool:
+        """Write a small RADOS object whole if it still has that `version` (0: is not there); tell whether."""
+        try:
+            with _explained(f"writing {name}"), rados.WriteOpCtx() as operation:
+                if version:
+                    operation.assert_version(version)
+                else:
+                    operation.new(rados.LIBRADOS_CREATE_EXCLUSIVE)
+                operation.write_full(data)
+                self._ioctx.operate_write_op(operation, name)
+        except SiphonError as error:
+            # Another version answers ERANGE or EOVERFLOW, by which of the two is older.
+            if getattr(error.__cause__, "errno", None) in (errno.ERANGE, errno.EOVERFLOW, errno.EEXIST):
+                return False
+            raise
+        return True
 
     def header_version(self, image_id: str) -> int:
         """Return the RADOS version of an image's header: another one after every lock, snapshot or setting."""
@@ -443,6 +451,11 @@ class Image:
         """Give the exclusive lock back."""
         with _explained(f"unlocking {self.spec}"):
             self._image.lock_release()
+
+    def owns_lock(self) -> bool:
+        """Tell whether the exclusive lock is ours, as far as we know."""
+        with _explained(f"looking for the lock of {self.spec}"):
+            return bool(self._image.is_exclusive_lock_owner())
 
     def lock_owner(self) -> str:
         """Return the RADOS address of the exclusive lock's owner, "" if nobody owned it when the image was opened."""

@@ -9,9 +9,11 @@ Reading everything back would prove that, at the cost of the whole step. Two che
   new RADOS version, while opening it or reading from it does not (measured, Ceph 16.2). A worker
   that stops in good order lets go of the lock, reads that version and writes it into the guard.
 
-Each change of hands is announced in the guard before it happens, so a crash at any point leaves
-either a proof, or a state that is known to be in between (`UNSURE`: roll back), never a guess. An image
-that is taken without proof stays untrusted until it was rolled back, whatever happens on the way.
+A worker announces itself in the guard before it takes the lock, and says there what it has and when it
+let go; each of these is a compare-and-swap, so two workers never write over each other's word. A crash
+at any point leaves either a proof, or a state that is known to be in between (`UNSURE`: roll back), never
+a guess. An image that is taken without proof stays untrusted until it was rolled back, whatever happens
+on the way.
 """
 
 from __future__ import annotations
@@ -31,24 +33,26 @@ class Standing(Enum):
 
 def hand_of(owner: str, guard: Guard | None) -> Hand | None:
     """Return which worker of ours on this image the lock's `owner` is, dead or alive; None for a stranger."""
-    if guard is None:
-        return None
-    return next((hand for hand in (guard.holder, guard.replaced) if hand and hand.address == owner), None)
+    return next((hand for hand in guard.hands if hand.address == owner), None) if guard else None
 
 
 def standing(owner: str, guard: Guard | None, version: int) -> Standing:
     """Judge an image that carries the mark of an unfinished step.
 
-    `owner` is the address that owns the exclusive lock ("" for none), `guard` what our last worker
+    `owner` is the address that owns the exclusive lock ("" for none), `guard` what our workers
     left, `version` the header's present RADOS version; all three were read before the image was opened.
     """
     if guard is None or (owner and hand_of(owner, guard) is None):
         return Standing.TOUCHED
     if owner:
-        return Standing.RESUMABLE if guard.trusted else Standing.UNSURE
-    if guard.version:
-        # The last holder let go in good order, and this is what the header was then.
-        if guard.version != version:
-            return Standing.TOUCHED
-        return Standing.RESUMABLE if guard.trusted else Standing.UNSURE
-    return Standing.UNSURE if guard.state in ("taking", "releasing") else Standing.TOUCHED
+        # A claimant that has the lock has not written yet, and knew what it would find.
+        known = next((each for each in (guard.tenure, guard.claim) if each and each.hand.address == owner), None)
+        return Standing.RESUMABLE if known and known.trusted else Standing.UNSURE
+    last = guard.tenure
+    if last is None or last.state == "holding":
+        return Standing.TOUCHED  # the lock was broken by somebody else
+    if last.state == "releasing":
+        return Standing.UNSURE
+    if last.version != version:
+        return Standing.TOUCHED
+    return Standing.RESUMABLE if last.trusted else Standing.UNSURE

@@ -1,8 +1,6 @@
 """Taking an image for writing and letting go of it: the exclusive lock, the guard, fencing our own dead.
 
 Every change of hands is written into the guard before it happens (agent/continuity.py says why).
-While a worker holds the lock it is the authority on the guard; after it let go it writes there only
-if nobody else has announced himself.
 """
 
 from __future__ import annotations
@@ -10,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from agent.cluster import Image, Pool
 from agent.continuity import hand_of
 from agent.errors import LockedError
-from agent.model import Guard, Hand, ImageSpec, encode
+from agent.model import Claim, Guard, Hand, ImageSpec, Tenure, encode
 from agent.names import guard_object
 from agent.survey import Footing, footing, read_guard
-from agent.threads import blocking
+from agent.threads import blocking, unbroken
 
 #: A living owner refuses at once; one that said nothing for so long (seconds) is dead or cut off.
 _ASK = 1.5
@@ -27,47 +26,108 @@ _ASK = 1.5
 _LEAVES_SOON, _LEAVES_AT_LAST, _AGAIN = 1.0, 3.0, 0.1
 #: How long the lock may stay away once its owner is fenced (seconds).
 _AFTER_FENCE = 15.0
+#: How many workers before the last the guard remembers, and how often a lost race for it is run again.
+_REMEMBERED, _SWAPS = 8, 20
 
 
 class Holding:
-    """An image held for writing: its exclusive lock is ours until `release`."""
+    """An image open for writing whose exclusive lock is ours, or asked for."""
 
-    def __init__(self, pool: Pool, image: Image, guard: Guard) -> None:
+    def __init__(self, pool: Pool, image: Image, me: Hand, *, trusted: bool) -> None:
         self.pool = pool
         self.image = image
-        self._guard = guard
+        self._tenure = Tenure(me, "holding", trusted=trusted)
         self._image_id = image.id()
+
+    async def claim(self, found: Guard | None) -> bool:
+        """Announce that we are about to take the lock; False if hands changed since the guard was `found`."""
+        claim = Claim(self._tenure.hand, self._tenure.trusted)
+
+        def announced(guard: Guard) -> Guard:
+            if guard.tenure != (found.tenure if found else None):
+                return guard
+            past = (guard.claim.hand, *guard.past) if guard.claim else guard.past
+            return msgspec.structs.replace(guard, claim=claim, past=past[:_REMEMBERED])
+
+        return (await self._amend(announced)).claim == claim
 
     async def confirm(self) -> None:
         """Record that the lock is ours."""
-        await self._record(self._guard)
+
+        def confirmed(guard: Guard) -> Guard:
+            before = guard.tenure.hand if guard.tenure else None
+            past = (before, *guard.past) if before and before != self._tenure.hand else guard.past
+            claim = guard.claim if guard.claim and guard.claim.hand != self._tenure.hand else None
+            return Guard(self._tenure, claim, past[:_REMEMBERED])
+
+        await self._amend(confirmed)
 
     async def trust(self) -> None:
         """Record that the content is proven from now on (it was rolled back)."""
-        if not self._guard.trusted:
-            await self._record(msgspec.structs.replace(self._guard, trusted=True))
+        if not self._tenure.trusted:
+            await self._record(trusted=True)
 
     async def release(self, *, unfinished: bool) -> None:
         """Let go of the lock and the image; `unfinished` leaves proof of how the image was then."""
+        await unbroken(self._release(unfinished=unfinished))
+
+    async def give_up(self) -> None:
+        """Leave in good order while the lock was being taken: it may have come by now, or not."""
+        await unbroken(self._give_up())
+
+    async def withdraw(self) -> None:
+        """Take the claim back and close the image: the lock is another's."""
+
+        def withdrawn(guard: Guard) -> Guard:
+            ours = guard.claim is not None and guard.claim.hand == self._tenure.hand
+            return msgspec.structs.replace(guard, claim=None) if ours else guard
+
         try:
-            await self._record(msgspec.structs.replace(self._guard, state="releasing"))
-            quiet = not self._strangers(await blocking(self.image.watchers))
+            await self._amend(withdrawn)
+        finally:
+            await blocking(self.image.close)
+
+    async def _give_up(self) -> None:
+        if await blocking(self.image.owns_lock):
+            await self.confirm()
+            await self._release(unfinished=True)
+        else:
+            await self.withdraw()
+
+    async def _release(self, *, unfinished: bool) -> None:
+        try:
+            guard = await self._record(state="releasing")
+            strangers = [each for each in await blocking(self.image.watchers) if hand_of(each, guard) is None]
         finally:
             await blocking(self.image.close)
         version = 0
-        if unfinished and quiet:
+        if unfinished and not strangers:
             version = await blocking(self.pool.header_version, self._image_id)
-        now = await blocking(read_guard, self.pool, self._image_id)
-        if now is not None and now.holder.address == self._guard.holder.address:
-            # Without a version the next run finds that somebody else may have written.
-            await self._record(msgspec.structs.replace(self._guard, state="released", version=version))
+        # Without a version the next run finds that somebody else may have written.
+        await self._record(state="released", version=version)
 
-    def _strangers(self, watchers: tuple[str, ...]) -> list[str]:
-        return [each for each in watchers if hand_of(each, self._guard) is None]
+    async def _record(self, **news: Any) -> Guard:
+        """Change what the guard says of our tenure, unless another's has begun."""
+        self._tenure = msgspec.structs.replace(self._tenure, **news)
 
-    async def _record(self, guard: Guard) -> None:
-        self._guard = guard
-        await blocking(_write, self.pool, self._image_id, guard)
+        def told(guard: Guard) -> Guard:
+            ours = guard.tenure is not None and guard.tenure.hand == self._tenure.hand
+            return msgspec.structs.replace(guard, tenure=self._tenure) if ours else guard
+
+        return await self._amend(told)
+
+    async def _amend(self, change: Callable[[Guard], Guard]) -> Guard:
+        return await blocking(_amend, self.pool, self._image_id, change)
+
+
+def _amend(pool: Pool, image_id: str, change: Callable[[Guard], Guard]) -> Guard:
+    """Apply `change` to the guard as it is by now, and return what it says then (blocks)."""
+    for _ in range(_SWAPS):
+        now, version = read_guard(pool, image_id)
+        then = change(now or Guard())
+        if then == now or pool.swap_object(guard_object(image_id), encode(then).encode(), version):
+            return then
+    raise LockedError(f"{_SWAPS} times in a row another worker wrote {guard_object(image_id)} first")
 
 
 async def settled_footing(pool: Pool, spec: ImageSpec, image_id: str, *, unfinished: bool) -> Footing:
@@ -108,26 +168,21 @@ async def take(
     proven; `say` gets a line about what was decided.
     """
     image = await blocking(pool.open, spec.image, writable=True)
+    holding = Holding(pool, image, me, trusted=trusted)
     try:
-        owner = hand_of(found.owner, found.guard)
-        keeps = found.version if found.guard and found.guard.version == found.version else 0
-        guard = Guard(holder=me, state="taking", replaced=owner, version=keeps, trusted=trusted)
-        await blocking(_write, pool, image_id, guard)
-        try:
-            await _lock(image, owner, me, say)
-        except LockedError:
-            await _withdraw(pool, image_id, guard, found.guard)
-            raise
-        holding = Holding(pool, image, msgspec.structs.replace(guard, state="holding", version=0))
+        if not await holding.claim(found.guard):
+            await blocking(image.close)
+            return None
+        await _lock(image, hand_of(found.owner, found.guard), me, say)
         await holding.confirm()
     except LockedError:
-        await blocking(image.close)
+        await holding.withdraw()
         now = await _unowned(pool, spec, image_id, _LEAVES_AT_LAST)
         if now.owner != found.owner and not now.strangers:
             return None
         raise _held(spec, now) from None
     except BaseException:
-        await blocking(image.close)
+        await holding.give_up()
         raise
     return holding
 
@@ -170,13 +225,3 @@ async def _once_more(image: Image, owner: Hand) -> None:
     with contextlib.suppress(LockedError):
         await blocking(image.break_lock, owner.address)
     await blocking(image.lock)
-
-
-async def _withdraw(pool: Pool, image_id: str, announced: Guard, before: Guard | None) -> None:
-    """Take back an announcement, unless somebody has written there since."""
-    if before is not None and await blocking(read_guard, pool, image_id) == announced:
-        await blocking(_write, pool, image_id, before)
-
-
-def _write(pool: Pool, image_id: str, guard: Guard) -> None:
-    pool.write_object(guard_object(image_id), encode(guard).encode())

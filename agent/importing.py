@@ -111,9 +111,9 @@ class DiffImport:
             # What timed out may still reach the disks: the lock is kept, and the next run fences it.
             raise
         except BaseException:
-            await asyncio.shield(holding.release(unfinished=True))
+            await holding.release(unfinished=True)
             raise
-        await asyncio.shield(holding.release(unfinished=False))
+        await holding.release(unfinished=False)
         return result
 
     def _still(self, found: _Found) -> None:

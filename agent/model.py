@@ -109,19 +109,43 @@ class Hand(Value, frozen=True):
         return f"worker {self.pid} on {self.host}, since {self.since} ({self.address})"
 
 
+class Tenure(Value, frozen=True):
+    """A worker's time with the exclusive lock.
+
+    `version` is the RADOS version of the image's header when it had let go of the lock in good order
+    (0: it has not, or somebody else had the image open). `trusted` is False from taking an image
+    whose content is not proven until that is rolled back.
+    """
+
+    hand: Hand
+    state: Literal["holding", "releasing", "released"]
+    version: int = 0
+    trusted: bool = True
+
+
+class Claim(Value, frozen=True):
+    """A worker about to take the lock, and whether it will find the content proven."""
+
+    hand: Hand
+    trusted: bool
+
+
 class Guard(Value, frozen=True):
     """Who may write a replica, kept in a RADOS object beside it; see agent/continuity.py.
 
-    `holder` is the last worker, `replaced` the one it took the lock from, `version` the RADOS
-    version of the image's header when the holder had let go of it (0: it has not). `trusted` is
-    False from taking an image whose content is not proven until that is rolled back.
+    `tenure` is the last worker's that had the lock, `claim` the next one's; `past` are workers before
+    them, whose watches may linger for half a minute.
     """
 
-    holder: Hand
-    state: Literal["taking", "holding", "releasing", "released"]
-    replaced: Hand | None = None
-    version: int = 0
-    trusted: bool = True
+    tenure: Tenure | None = None
+    claim: Claim | None = None
+    past: tuple[Hand, ...] = ()
+
+    @property
+    def hands(self) -> tuple[Hand, ...]:
+        """Return every worker that is known here."""
+        now = (each.hand for each in (self.tenure, self.claim) if each)
+        return (*now, *self.past)
 
 
 class Shape(Value, frozen=True):

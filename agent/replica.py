@@ -27,7 +27,7 @@ from agent.ledger import Ledger
 from agent.model import Checkpoint, Mark, Origin, Replica, Snapshot, Step, encode
 from agent.names import MARK_KEY, ORIGIN_PREFIX, committing_name, is_committing, origin_key
 from agent.survey import described, judged
-from agent.threads import blocking
+from agent.threads import blocking, unbroken
 
 #: Writes in flight, bytes and operations: what bounds the worker's memory.
 _FLIGHT_BYTES = 32 << 20
@@ -248,6 +248,9 @@ class Writer:
 
     async def close(self) -> None:
         """Let writes in flight finish, save how far they came, and let go of the image."""
+        await unbroken(self._close())
+
+    async def _close(self) -> None:
         if self._writes:
             await asyncio.wait(self._writes)
         if self._failed is None:

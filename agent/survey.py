@@ -52,13 +52,13 @@ def footing(pool: Pool, spec: ImageSpec, image_id: str) -> Footing:
     # Open for reading only: looking must leave no watch that another worker would have to wonder about.
     with pool.open(spec.image) as image:
         owner, watchers = image.lock_owner(), image.watchers()
-    return Footing(owner, watchers, read_guard(pool, image_id), version)
+    return Footing(owner, watchers, read_guard(pool, image_id)[0], version)
 
 
-def read_guard(pool: Pool, image_id: str) -> Guard | None:
-    """Return the guard of an image, None if there is none (blocks)."""
-    raw = pool.read_object(guard_object(image_id))
-    return None if raw is None else decode(raw, Guard, guard_object(image_id))
+def read_guard(pool: Pool, image_id: str) -> tuple[Guard | None, int]:
+    """Return the guard of an image and its version, None and 0 if there is none (blocks)."""
+    raw, version = pool.read_object(guard_object(image_id))
+    return decode(raw, Guard, guard_object(image_id)) if version else None, version
 
 
 def described(image: Image) -> Replica:

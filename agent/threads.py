@@ -1,11 +1,11 @@
-"""Blocking calls from asyncio, so that none outlives the code that waits for it."""
+"""Work that a cancellation must not leave half done: blocking calls, and what has to run to its end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,7 +17,15 @@ async def blocking(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
     When cancelled, the thread cannot be stopped: this waits for it before it lets the cancellation
     through, so that nobody closes an image under a call that still uses it.
     """
-    future = asyncio.get_running_loop().run_in_executor(None, partial(work, *args, **kwargs))
+    return await _to_its_end(asyncio.get_running_loop().run_in_executor(None, partial(work, *args, **kwargs)))
+
+
+async def unbroken(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end and return its result; a cancellation meanwhile is let through afterwards."""
+    return await _to_its_end(asyncio.ensure_future(work))
+
+
+async def _to_its_end(future: asyncio.Future[T]) -> T:
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

@@ -391,8 +391,10 @@ def test_a_crash_while_letting_go_is_rolled_back_not_guessed(pair: Pair) -> None
     with pair.target.image(name) as image:
         key = f"rbd_siphon.{image.id()}"
     guard = msgspec.json.decode(io.read(key), type=Guard)
-    assert guard.state == "released"
-    io.write_full(key, encode(msgspec.structs.replace(guard, state="releasing", version=0)).encode())
+    assert guard.tenure is not None
+    assert guard.tenure.state == "released"
+    leaving = msgspec.structs.replace(guard.tenure, state="releasing", version=0)
+    io.write_full(key, encode(msgspec.structs.replace(guard, tenure=leaving)).encode())
     run = pair.sync_now(name)
     assert run.result.resumed_from is None
     pair.same(name)

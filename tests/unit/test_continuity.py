@@ -7,32 +7,38 @@ from typing import Any
 import pytest
 
 from agent.continuity import Standing, hand_of, standing
-from agent.model import Guard, Hand
+from agent.model import Claim, Guard, Hand, Tenure
 
-ME, DEAD = (Hand(address, "host", 1, "run", "") for address in ("me", "dead"))
+ME, NEXT, DEAD = (Hand(address, "host", 1, "run", "") for address in ("me", "next", "dead"))
 
 
-def guard(state: Any, **more: Any) -> Guard:
-    return Guard(holder=ME, state=state, **more)
+def guard(state: Any, *, claim: bool | None = None, **more: Any) -> Guard:
+    """Return a guard of mine in that state, and with a claim of the next worker, trusted or not."""
+    return Guard(Tenure(ME, state, **more), None if claim is None else Claim(NEXT, claim), (DEAD,))
 
 
 @pytest.mark.parametrize(
     ("owner", "left", "version", "expected"),
     [
         ("me", guard("holding"), 5, Standing.RESUMABLE),
-        ("me", guard("taking"), 5, Standing.RESUMABLE),
-        ("dead", guard("taking", replaced=DEAD), 5, Standing.RESUMABLE),
+        ("me", guard("holding", claim=False), 5, Standing.RESUMABLE),
+        ("next", guard("holding", claim=True), 5, Standing.RESUMABLE),
+        ("next", guard("released", version=4, claim=True), 5, Standing.RESUMABLE),
+        ("next", Guard(claim=Claim(NEXT, trusted=True)), 5, Standing.RESUMABLE),
         ("", guard("released", version=5), 5, Standing.RESUMABLE),
-        ("", guard("taking", version=5), 5, Standing.RESUMABLE),
-        ("", guard("taking", replaced=DEAD), 5, Standing.UNSURE),
+        ("", guard("released", version=5, claim=True), 5, Standing.RESUMABLE),
+        ("", guard("released", version=5, claim=False), 5, Standing.RESUMABLE),
         ("", guard("releasing"), 5, Standing.UNSURE),
         ("me", guard("holding", trusted=False), 5, Standing.UNSURE),
+        ("next", guard("holding", claim=False), 5, Standing.UNSURE),
+        ("dead", guard("holding"), 5, Standing.UNSURE),
         ("", guard("released", version=5, trusted=False), 5, Standing.UNSURE),
         ("", guard("released", version=5), 6, Standing.TOUCHED),
         ("", guard("released", version=5, trusted=False), 6, Standing.TOUCHED),
-        ("", guard("taking", version=5), 6, Standing.TOUCHED),
+        ("", guard("released", version=5, claim=True), 6, Standing.TOUCHED),
         ("", guard("released"), 5, Standing.TOUCHED),
         ("", guard("holding"), 5, Standing.TOUCHED),
+        ("", Guard(claim=Claim(NEXT, trusted=True)), 5, Standing.TOUCHED),
         ("stranger", guard("holding"), 5, Standing.TOUCHED),
         ("stranger", guard("released", version=5), 5, Standing.TOUCHED),
         ("", None, 5, Standing.TOUCHED),
@@ -44,6 +50,7 @@ def test_standing(owner: str, left: Guard | None, version: int, expected: Standi
 
 
 def test_a_lock_is_ours_by_its_owner() -> None:
-    assert hand_of("dead", guard("taking", replaced=DEAD)) == DEAD
-    assert hand_of("stranger", guard("taking", replaced=DEAD)) is None
+    assert hand_of("dead", guard("holding")) == DEAD
+    assert hand_of("next", guard("holding", claim=True)) == NEXT
+    assert hand_of("stranger", guard("holding", claim=True)) is None
     assert hand_of("me", None) is None
