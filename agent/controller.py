@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from time import monotonic
@@ -39,7 +39,7 @@ from agent.rehearsal import rehearse
 from agent.release import Peer, confirm, prune_source, take_snapshot
 from agent.retention import expendable
 from agent.sender import send_step
-from agent.session import Channel, Session, conversation
+from agent.session import Dial, Far
 from agent.source import Tally, changed, fast, observe, require
 from agent.threads import blocking
 
@@ -47,8 +47,6 @@ from agent.threads import blocking
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 #: How often progress is told, seconds.
 _TELL = 0.25
-
-Connect = Callable[[], AbstractAsyncContextManager[Channel]]
 
 
 @dataclass
@@ -58,7 +56,7 @@ class _Account:
     attempt: int = 0
     fruitless: int = 0
     read: int = 0
-    channels: list[Channel] = field(default_factory=list)
+    sites: list[Far] = field(default_factory=list)
     committed: list[Step] = field(default_factory=list)
     resumed_from: int | None = None
     base: str | None = None
@@ -75,7 +73,7 @@ class _Account:
 
     @property
     def sent(self) -> int:
-        return sum(each.sent for each in self.channels)
+        return sum(each.sent for each in self.sites)
 
     @property
     def seconds(self) -> float:
@@ -85,9 +83,9 @@ class _Account:
 class Sync:
     """One image, one target, now."""
 
-    def __init__(self, request: Request, connect: Connect, observer: e.Observer) -> None:
+    def __init__(self, request: Request, dial: Dial, observer: e.Observer) -> None:
         self._request = request
-        self._connect = connect
+        self._dial = dial
         self._observer = observer
         self._run = secrets.token_hex(6)
         self._account = _Account()
@@ -132,7 +130,8 @@ class Sync:
 
     async def _attempt(self, opening: asyncio.Task[Home]) -> e.Result:
         try:
-            async with self._session() as session:
+            async with self._dial(self._warn) as session:
+                self._account.sites.append(session)
                 welcome = await session.hello(self._run)
                 home = await asyncio.shield(opening)
                 for trouble in welcome.trouble:
@@ -147,14 +146,7 @@ class Sync:
             await asyncio.shield(opening)  # what is wrong at home is told first
             raise
 
-    @asynccontextmanager
-    async def _session(self) -> AsyncIterator[Session]:
-        async with self._connect() as channel:
-            self._account.channels.append(channel)
-            async with conversation(channel, self._request.timeout, self._warn) as session:
-                yield session
-
-    async def _replicate(self, session: Session, welcome: m.Welcome, home: Home) -> e.Result:
+    async def _replicate(self, session: Far, welcome: m.Welcome, home: Home) -> e.Result:
         request, pool = self._request, home.pool
         spec, target = request.source.image, request.target.image
         source = await blocking(observe, pool, spec, home.cluster.fsid)
@@ -190,7 +182,7 @@ class Sync:
 
     async def _send(
         self,
-        session: Session,
+        session: Far,
         pool: Pool,
         source: Source,
         replica: Replica | None,
@@ -232,7 +224,7 @@ class Sync:
             self._account.fruitless = 1  # the attempt at hand
         return replica
 
-    async def _create(self, session: Session, pool: Pool, source: Source, end: Snapshot) -> Replica:
+    async def _create(self, session: Far, pool: Pool, source: Source, end: Snapshot) -> Replica:
         shape, metadata = await blocking(_layout, pool, source.spec, end)
         lineage = Lineage(source.identity, str(source.spec), _now())
         created = await session.ask(
@@ -250,7 +242,7 @@ class Sync:
         return created.replica
 
     async def _step(
-        self, session: Session, pool: Pool, source: Source, step: Step, place: tuple[int, int], *, discard: bool
+        self, session: Far, pool: Pool, source: Source, step: Step, place: tuple[int, int], *, discard: bool
     ) -> Replica:
         begun = await session.ask(m.Begin(step=step, discard=discard), m.Begun)
         self._taken = None  # the target knows of it: from now on the snapshot belongs to an unfinished step
@@ -277,7 +269,7 @@ class Sync:
 
     @asynccontextmanager
     async def _progress(
-        self, session: Session, step: Step, place: tuple[int, int], tally: Tally, start: Checkpoint
+        self, session: Far, step: Step, place: tuple[int, int], tally: Tally, start: Checkpoint
     ) -> AsyncIterator[None]:
         """Tell about a step now and then while the body runs."""
         durable, began = start.until, monotonic()
@@ -332,7 +324,7 @@ class Sync:
         finally:
             await blocking(image.close)
 
-    async def _release(self, session: Session, welcome: m.Welcome, pool: Pool, replica: Replica, end: Snapshot) -> e.Result:
+    async def _release(self, session: Far, welcome: m.Welcome, pool: Pool, replica: Replica, end: Snapshot) -> e.Result:
         """Record what is common now, remove what is not needed any more, and let go of the replica."""
         request = self._request
         spec = request.source.image
@@ -344,7 +336,7 @@ class Sync:
         await session.ask(m.Close(), m.Done)
         return self._result("committed" if self._account.committed else "up-to-date", end.name)
 
-    async def _prune(self, session: Session, pool: Pool, replica: Replica, replica_tag: str, pinned: set[int]) -> None:
+    async def _prune(self, session: Far, pool: Pool, replica: Replica, replica_tag: str, pinned: set[int]) -> None:
         request = self._request
         copies = tuple(Snapshot(each.id, each.name, each.size) for each in replica.origins().values())
         last = max((each.id for each in copies), default=0)

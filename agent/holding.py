@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 
 from agent.cluster import Image, Pool
-from agent.continuity import hand_of
+from agent.continuity import Standing, hand_of
 from agent.errors import LockedError
-from agent.model import Claim, Guard, Hand, ImageSpec, Tenure, encode
+from agent.model import Claim, Guard, Hand, ImageSpec, Replica, Tenure, encode
 from agent.names import guard_object
-from agent.survey import Footing, footing, read_guard
+from agent.survey import Footing, footing, judged, read_guard
 from agent.threads import blocking, unbroken
 
 #: A living owner refuses at once; one that said nothing for so long (seconds) is dead or cut off.
@@ -38,6 +38,10 @@ class Holding:
         self.image = image
         self._tenure = Tenure(me, "holding", trusted=trusted)
         self._image_id = image.id()
+
+    async def judged(self, replica: Replica, stand: Standing | None) -> Replica:
+        """Return `replica` with its head judged: by `stand` in the middle of a step, by its content otherwise."""
+        return await judged(self.pool, self.image, replica, stand)
 
     async def claim(self, found: Guard | None) -> bool:
         """Announce that we are about to take the lock; False if hands changed since the guard was `found`."""

@@ -13,12 +13,12 @@ from agent.model import Replica, Snapshot, Source, Step
 from agent.names import snapshot_name, tag
 from agent.plan import Ground, ground, steps
 from agent.retention import expendable
-from agent.session import Session
+from agent.session import Far
 from agent.source import Tally, changed, fast, observe
 from agent.threads import blocking
 
 
-async def rehearse(session: Session, welcome: m.Welcome, request: Request, home: Home) -> e.Plan:
+async def rehearse(session: Far, welcome: m.Welcome, request: Request, home: Home) -> e.Plan:
     """Return the plan, measured; ConflictError where the run would be refused."""
     spec, replica_tag = request.source.image, tag(welcome.fsid, request.target.image)
     source = await blocking(observe, home.pool, spec, home.cluster.fsid)

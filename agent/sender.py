@@ -7,7 +7,7 @@ import asyncio
 from agent import messages as m
 from agent.cluster import Image
 from agent.model import Checkpoint, Step
-from agent.session import Session
+from agent.session import Far
 from agent.source import Tally, reading
 from agent.wire import DIGEST_MASK
 
@@ -17,7 +17,7 @@ _SEGMENT_FRAMES = 4096
 _SEGMENT_SECONDS = 2.0
 
 
-async def send_step(session: Session, image: Image, step: Step, start: Checkpoint, tally: Tally) -> Checkpoint:
+async def send_step(session: Far, image: Image, step: Step, start: Checkpoint, tally: Tally) -> Checkpoint:
     """Send what `step` changes from `start` on, and return the checkpoint that stands for all of it."""
     sender = _Sender(session, start)
     async with reading(image, step.base, step.end, start.until, tally) as pieces:
@@ -31,7 +31,7 @@ async def send_step(session: Session, image: Image, step: Step, start: Checkpoin
 class _Sender:
     """Where a step stands: `at` is the checkpoint behind the last closed segment."""
 
-    def __init__(self, session: Session, start: Checkpoint) -> None:
+    def __init__(self, session: Far, start: Checkpoint) -> None:
         self.at = start
         self._session = session
         self._open()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, TypeVar
 
 from agent import __version__
@@ -39,6 +39,35 @@ class Channel(Protocol):
 
     def verdict(self, *, greeted: bool) -> SiphonError:
         """Tell why the other side is gone."""
+
+
+class Far(Protocol):
+    """The target site, whatever answers there: requests go out one at a time, and frames in between."""
+
+    #: Called with what is durable there, whenever that has moved on.
+    durable: Callable[[Checkpoint], None]
+
+    @property
+    def sent(self) -> int:
+        """Bytes sent so far."""
+
+    async def hello(self, run: str) -> m.Welcome:
+        """Greet, and return who is at the other end."""
+
+    async def ask(self, request: m.Message, kind: type[T]) -> T:
+        """Send a request and return its answer, which is of `kind`; raises what it was refused with."""
+
+    def tell(self, message: m.Message) -> None:
+        """Send a message that is not answered."""
+
+    async def send(self, segment: int, offset: int, length: int, data: memoryview | None) -> int:
+        """Send an extent (zeros where `data` is None) and return its checksum; waits while too much is under way."""
+
+
+#: Opens a channel to a worker.
+Connect = Callable[[], AbstractAsyncContextManager[Channel]]
+#: Reaches the target site; what it is called with takes warnings.
+Dial = Callable[[Callable[[str], None]], AbstractAsyncContextManager[Far]]
 
 
 class Session:
@@ -159,3 +188,14 @@ async def conversation(channel: Channel, timeout: float, warn: Callable[[str], N
             yield session
             for helper in helpers:
                 helper.cancel()
+
+
+def dial_worker(connect: Connect, timeout: float) -> Dial:
+    """Return a dial that converses with the worker behind the channels of `connect`."""
+
+    @asynccontextmanager
+    async def dial(warn: Callable[[str], None]) -> AsyncIterator[Far]:
+        async with connect() as channel, conversation(channel, timeout, warn) as session:
+            yield session
+
+    return dial

@@ -6,7 +6,7 @@ object that was rolled back still shows in it), then both versions are read and 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -24,6 +24,24 @@ _HEADS: dict[Standing, Literal["resumable", "unsure", "touched"]] = {
     Standing.UNSURE: "unsure",
     Standing.TOUCHED: "touched",
 }
+
+
+class Described(Protocol):
+    """What describing a replica asks of its image; methods block."""
+
+    spec: ImageSpec
+
+    def id(self) -> str:
+        """Return the image's id."""
+
+    def size(self) -> int:
+        """Return the size in bytes."""
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Return the snapshots in the user's namespace, oldest first."""
+
+    def metadata(self) -> dict[str, str]:
+        """Return all of the image's metadata."""
 
 
 class Footing(Value, frozen=True):
@@ -61,7 +79,7 @@ def read_guard(pool: Pool, image_id: str) -> tuple[Guard | None, int]:
     return decode(raw, Guard, guard_object(image_id)) if version else None, version
 
 
-def described(image: Image) -> Replica:
+def described(image: Described) -> Replica:
     """Read everything but the content; `head` stays "foreign" (blocks)."""
     metadata = image.metadata()
     lineage, mark = metadata.get(LINEAGE_KEY), metadata.get(MARK_KEY)

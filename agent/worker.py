@@ -22,11 +22,12 @@ from agent.errors import ConflictError, LinkError, LockedError, NotFoundError, S
 from agent.holding import settled_footing, take
 from agent.model import Checkpoint, Hand, ImageIdentity, ImageSpec, Replica, Shape, encode
 from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_prefix
-from agent.replica import Writer, is_committed, opened
+from agent.replica import Writer, opened
 from agent.settings import ClusterSettings
 from agent.stdio import Stdio
 from agent.survey import described, survey
 from agent.threads import blocking
+from agent.upkeep import is_committed
 from agent.wire import PROTOCOL, Frame, Kind
 
 #: How long the end may take (seconds) before the process ends itself, leaving the rest to fencing.

@@ -27,6 +27,7 @@ from agent.controller import Sync
 from agent.errand import Request
 from agent.plan import Accept
 from agent.remote import SshSettings, worker_channel
+from agent.session import dial_worker
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_target
 from lablib.ceph import Cluster as LabCluster
@@ -197,6 +198,7 @@ class Pair:
         target = parse_target(to or self.place(name), source.image)
         timeout = options.pop("timeout", 60.0)
         worker = options.pop("worker", "rbd-siphon worker")
+        wrap = options.pop("wrap", None)
         request = Request(
             source=source,
             target=target,
@@ -207,10 +209,12 @@ class Pair:
         )
         ssh = SshSettings(config=str(config or self.lab.ssh.client_config))
 
-        def connect() -> Any:
-            return worker_channel(target, ssh, f"{worker} --timeout {timeout:g}", timeout, run.say)
+        @asynccontextmanager
+        async def connect() -> AsyncIterator[Any]:
+            async with worker_channel(target, ssh, f"{worker} --timeout {timeout:g}", timeout, run.say) as channel:
+                yield wrap(channel) if wrap else channel
 
-        run.result = await Sync(request, connect, run).run()
+        run.result = await Sync(request, dial_worker(connect, timeout), run).run()
         return run
 
     def sync_now(self, name: str, snapshot: str = "", **options: Any) -> Run:

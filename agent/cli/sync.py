@@ -87,6 +87,7 @@ def sync(
     from agent.controller import Sync
     from agent.errand import Request
     from agent.remote import SshSettings, worker_channel
+    from agent.session import dial_worker
 
     observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose)
     try:
@@ -115,8 +116,8 @@ def sync(
         def decide(text: str) -> None:
             observer.emit(e.Decision(message=text))
 
-        connect = partial(worker_channel, to_spec, ssh, command, timeout, decide)
-        observer.emit(run(Sync(request, connect, observer).run()))
+        dial = dial_worker(partial(worker_channel, to_spec, ssh, command, timeout, decide), timeout)
+        observer.emit(run(Sync(request, dial, observer).run()))
         code = 0
     except SiphonError as error:
         observer.emit(e.Error(code=error.exit_code, message=str(error), hint=error.hint))

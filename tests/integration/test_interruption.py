@@ -6,15 +6,11 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from agent import events as e
-from agent.controller import Sync
-from agent.errand import Request
 from agent.errors import ConflictError, DataError, LinkError, LockedError, SiphonError
 from agent.plan import Accept
 from support import MIB, Pair, Run, fill, kill_workers, worker_pids
@@ -104,25 +100,18 @@ class LosesAcknowledgement:
         return data
 
 
-def test_a_commit_whose_acknowledgement_is_lost_shows_as_up_to_date(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_whose_acknowledgement_is_lost_shows_as_up_to_date(pair: Pair) -> None:
     name = big(pair, "lost")
-    original = Sync.__init__
     lost = []
 
     def committed() -> bool:
         return any(each.startswith("siphon-2") for each in pair.target.snapshots(name))
 
-    def patched(self: Sync, request: Request, connect: Any, observer: Any) -> None:
-        @asynccontextmanager
-        async def losing() -> AsyncIterator[Any]:
-            async with connect() as channel:
-                lost.append(channel)
-                yield LosesAcknowledgement(channel, committed) if len(lost) == 1 else channel
+    def losing(channel: Any) -> Any:
+        lost.append(channel)
+        return LosesAcknowledgement(channel, committed) if len(lost) == 1 else channel
 
-        original(self, request, losing, observer)
-
-    monkeypatch.setattr(Sync, "__init__", patched)
-    run = pair.sync_now(name)
+    run = pair.sync_now(name, wrap=losing)
     assert len(lost) == 2
     assert run.result.state == "up-to-date"
     assert run.result.attempts == 2
