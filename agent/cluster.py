@@ -26,6 +26,7 @@ import rbd
 from agent.errnos import error_from
 from agent.errors import ConflictError, LinkError, NotFoundError, SiphonError, SiteError, UsageError
 from agent.extents import Extents
+from agent.health import is_full, trouble
 from agent.model import ImageSpec, Shape, Snapshot
 from agent.settings import ClusterSettings
 
@@ -54,8 +55,15 @@ _FEATURE_NAMES = {
     rbd.RBD_FEATURE_MIGRATING: "migrating",
     rbd.RBD_FEATURE_NON_PRIMARY: "non-primary",
 }
-#: Health checks that mean writes will not get through.
-_TROUBLE = ("OSD_FULL", "POOL_FULL", "OSD_BACKFILLFULL", "OSD_DOWN", "MON_DISK_CRIT")
+
+
+def copied_features(features: int) -> tuple[int, tuple[str, ...]]:
+    """Return the features that a replica of an image with `features` gets, and the names of those it does not.
+
+    One writer at a time is what the exclusive lock gives, so a replica always has it.
+    """
+    left_out = feature_names(features & ~COPIED_FEATURES)
+    return features & COPIED_FEATURES | EXCLUSIVE_LOCK, tuple(name for name in left_out if name in ("journaling", "migrating"))
 
 
 def feature_names(features: int) -> tuple[str, ...]:
@@ -143,20 +151,19 @@ class Cluster:
 
     def trouble(self) -> tuple[str, ...]:
         """Return what the cluster's health says that keeps writes from getting through."""
-        try:
-            code, out, _ = self._rados.mon_command(json.dumps({"prefix": "health", "format": "json"}), b"")
-            checks = json.loads(out)["checks"] if code == 0 else {}
-        except (rados.Error, ValueError, KeyError):
-            return ()  # only told to make another error's message better
-        return tuple(checks[name]["summary"]["message"] for name in _TROUBLE if name in checks)
+        return trouble(self._ask("health"))
 
     def full(self, pool: str) -> bool:
         """Tell whether the cluster has flagged `pool` as full: writes to it would wait for ever."""
-        code, out, _ = self._rados.mon_command(json.dumps({"prefix": "osd dump", "format": "json"}), b"")
-        if code:
-            return False  # not allowed to look; the operations' own limit will tell
-        flags = next((each["flags_names"] for each in json.loads(out)["pools"] if each["pool_name"] == pool), "")
-        return "full" in flags.split(",") or "full_quota" in flags.split(",")
+        return is_full(self._ask("osd dump"), pool)
+
+    def _ask(self, command: str) -> bytes:
+        """Return a monitor's answer in JSON, nothing if we are not allowed to look."""
+        try:
+            code, out, _ = self._rados.mon_command(json.dumps({"prefix": command, "format": "json"}), b"")
+        except rados.Error:
+            return b""
+        return bytes(out) if code == 0 else b""
 
     def pool(self, name: str, namespace: str = "") -> Pool:
         """Open a pool (and a namespace in it); NotFoundError if there is none."""

@@ -78,7 +78,8 @@ class Mark(Value, frozen=True):
     """Written on a replica before a step touches it, removed after its snapshot is committed.
 
     `ready` turns true once the image stood exactly at the base and has the end's size.
-    `snapshot` is the temporary name under which the end is taken.
+    `snapshot` is the temporary name under which the end is taken, `holder` the RADOS address of the
+    stock `rbd` that writes, where there is no worker.
     """
 
     step: Step
@@ -86,6 +87,7 @@ class Mark(Value, frozen=True):
     started_at: str
     ready: bool = False
     checkpoint: Checkpoint = Checkpoint()
+    holder: str = ""
 
 
 class Lineage(Value, frozen=True):

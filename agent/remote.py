@@ -99,7 +99,8 @@ class SshChannel:
         if self._status == 127 or "not found" in last:
             return SiteError(
                 f"there is no rbd-siphon at the target: {last or 'command not found'}",
-                hint="install it there (pip install rbd-siphon, see the README), or name its path with --worker-command",
+                hint="install it there (pip install rbd-siphon, see the README), name its path with --worker-command, "
+                "or do without: --worker rbd",
             )
         return SiteError(
             f"the worker at the target ended at once, with status {self._status}: {last or 'it said nothing'}",
@@ -122,6 +123,21 @@ class SshChannel:
     def ended(self, status: int) -> None:
         """The remote command has ended."""
         self._status = status
+
+    def end(self) -> None:
+        """Tell the command that its input ends here."""
+        if not self._gone:
+            self._channel.write_eof()
+
+    @property
+    def status(self) -> int | None:
+        """The command's status, None while it runs and if it was ended by a signal."""
+        return self._status
+
+    @property
+    def words(self) -> str:
+        """The end of what the command said on standard error."""
+        return self._words.decode(errors="replace").strip()
 
     def lost(self, why: str) -> None:
         """Nothing more comes."""
@@ -209,19 +225,67 @@ async def worker_channel(
     target: TargetSpec, settings: SshSettings, command: str, timeout: float, say: Callable[[str], None]
 ) -> AsyncIterator[SshChannel]:
     """Connect to the target's host, start `command` there and yield the channel to it."""
-    say(f"ssh {target.user + '@' if target.user else ''}{target.host} {command}")
-    async with _connected(target, settings, timeout) as connection:
-        try:
-            client = _Client(say)
-            async with asyncio.timeout(timeout):
-                channel, _ = await connection.create_session(lambda: client, command, encoding=None)
-        except (asyncssh.Error, OSError) as error:
-            raise LinkError(f"{target.host} does not open a session: {error}") from error
+    async with (
+        _connected(target, settings, timeout) as connection,
+        Shell(connection, target.host, timeout, say).start(command) as channel,
+    ):
+        yield channel
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended: its status (None: by a signal) and what it printed."""
+
+    status: int | None
+    out: bytes
+    err: str
+
+
+class Shell:
+    """Commands at the target's host, each in a session of its own over one connection."""
+
+    def __init__(self, connection: asyncssh.SSHClientConnection, host: str, timeout: float, say: Callable[[str], None]) -> None:
+        self._connection = connection
+        self._host = host
+        self._timeout = timeout
+        self._say = say
+
+    async def run(self, command: str) -> Ran:
+        """Run a command to its end; LinkError if the connection breaks meanwhile."""
+        self._say(f"ssh {self._host} {command}")
+        with self._explained():
+            done: Any = await self._connection.run(command, stdin=asyncssh.DEVNULL, encoding=None)  # bytes, since asked so
+        return Ran(done.exit_status, bytes(done.stdout), bytes(done.stderr).decode(errors="replace").strip())
+
+    @asynccontextmanager
+    async def start(self, command: str) -> AsyncIterator[SshChannel]:
+        """Start a command and yield the channel to it, which is closed at the end."""
+        self._say(f"ssh {self._host} {command}")
+        client = _Client(self._say)
+        with self._explained():
+            async with asyncio.timeout(self._timeout):
+                channel, _ = await self._connection.create_session(lambda: client, command, encoding=None)
         channel.set_write_buffer_limits(_HIGH, _LOW)
         try:
             yield client.channel
         finally:
             channel.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise LinkError(f"{self._host} does not open a session within {self._timeout:.0f} s") from None
+        except (asyncssh.Error, OSError) as error:
+            raise LinkError(f"the connection to {self._host} broke: {error}") from error
+
+
+@asynccontextmanager
+async def shell(target: TargetSpec, settings: SshSettings, timeout: float, say: Callable[[str], None]) -> AsyncIterator[Shell]:
+    """Connect to the target's host, to run commands there."""
+    async with _connected(target, settings, timeout, keepalive_interval=timeout / 3, keepalive_count_max=3) as connection:
+        yield Shell(connection, target.host, timeout, say)
 
 
 class SftpFolder:

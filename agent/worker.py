@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from agent import messages as m
-from agent.cluster import COPIED_FEATURES, EXCLUSIVE_LOCK, Cluster, Pool, feature_names
+from agent.cluster import Cluster, Pool, copied_features
 from agent.continuity import Standing
 from agent.errors import ConflictError, LinkError, LockedError, NotFoundError, SiphonError, SiteError, UsageError, ungrouped
 from agent.holding import settled_footing, take
@@ -260,8 +260,7 @@ def _make(pool: Pool, request: m.Create) -> tuple[str, ...]:
             with contextlib.suppress(LockedError, NotFoundError):  # a dead worker's watch lasts half a minute
                 pool.remove(leftover)
     temporary = prefix + secrets.token_hex(4)
-    # One writer at a time is what the exclusive lock gives, so a replica always has it.
-    features = request.shape.features & COPIED_FEATURES | EXCLUSIVE_LOCK
+    features, left_out = copied_features(request.shape.features)
     shape = Shape(
         size=request.shape.size,
         order=request.shape.order,
@@ -276,7 +275,7 @@ def _make(pool: Pool, request: m.Create) -> tuple[str, ...]:
                 image.set_metadata(key, value)
         image.set_metadata(LINEAGE_KEY, encode(request.lineage))
     pool.rename(temporary, request.image.image)
-    return tuple(name for name in feature_names(request.shape.features & ~COPIED_FEATURES) if name in ("journaling", "migrating"))
+    return left_out
 
 
 async def run_worker(settings: ClusterSettings, reading: int, writing: int, timeout: float, say: Callable[[str], None]) -> int:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from agent import events as e
 from agent.controller import Sync
 from agent.errand import Request
 from agent.plan import Accept
-from agent.remote import SshSettings, worker_channel
+from agent.remote import SshSettings, shell, worker_channel
 from agent.session import dial_worker
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_target
+from agent.stock import dial_stock
 from lablib.ceph import Cluster as LabCluster
 from lablib.lab import Lab
 from lablib.relay import Relay
@@ -199,6 +201,7 @@ class Pair:
         timeout = options.pop("timeout", 60.0)
         worker = options.pop("worker", "rbd-siphon worker")
         wrap = options.pop("wrap", None)
+        stock = options.pop("stock", False)
         request = Request(
             source=source,
             target=target,
@@ -214,7 +217,10 @@ class Pair:
             async with worker_channel(target, ssh, f"{worker} --timeout {timeout:g}", timeout, run.say) as channel:
                 yield wrap(channel) if wrap else channel
 
-        run.result = await Sync(request, dial_worker(connect, timeout), run).run()
+        dial = dial_worker(connect, timeout)
+        if stock:
+            dial = dial_stock(partial(shell, target, ssh, timeout, run.say), ClusterSettings(), timeout)
+        run.result = await Sync(request, dial, run).run()
         return run
 
     def sync_now(self, name: str, snapshot: str = "", **options: Any) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -32,6 +33,23 @@ SshConfig = Annotated[
         "-F",
         envvar="RBD_SIPHON_SSH_CONFIG",
         help="SSH configuration (default: ~/.ssh/config).",
+        rich_help_panel=_SSH,
+    ),
+]
+
+
+class WorkerKind(Enum):
+    """What does the target's part."""
+
+    SIPHON = "siphon"
+    RBD = "rbd"
+
+
+Worker = Annotated[
+    WorkerKind,
+    typer.Option(
+        "--worker",
+        help="What does the target's part: rbd-siphon, or nothing but Ceph's own tools (an interrupted step starts over).",
         rich_help_panel=_SSH,
     ),
 ]

@@ -24,7 +24,9 @@ from agent.cli.options import (
     TargetId,
     TargetKeyring,
     TargetName,
+    Worker,
     WorkerCommand,
+    WorkerKind,
 )
 from agent.cli.running import Stopped, leave, run
 from agent.errors import SiphonError, UsageError
@@ -79,6 +81,7 @@ def sync(
     identity: Identity = "",
     known_hosts: KnownHosts = "",
     ssh_config: SshConfig = "",
+    worker: Worker = WorkerKind.SIPHON,
     worker_command: WorkerCommand = "rbd-siphon worker",
 ) -> None:
     """Make IMAGE's replica at the target, or bring it up to date."""
@@ -86,8 +89,9 @@ def sync(
     from agent.cli.console import JsonLines, People
     from agent.controller import Sync
     from agent.errand import Request
-    from agent.remote import SshSettings, worker_channel
+    from agent.remote import SshSettings, shell, worker_channel
     from agent.session import dial_worker
+    from agent.stock import dial_stock
 
     observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose)
     try:
@@ -111,12 +115,15 @@ def sync(
         )
         ssh = SshSettings(ssh_port, identity, known_hosts, ssh_config)
         far = ClusterSettings(target_conf, target_cluster, target_id, target_keyring)
-        command = " ".join([worker_command, shlex.join([*far.words(), "--timeout", f"{timeout:g}"])])
 
         def decide(text: str) -> None:
             observer.emit(e.Decision(message=text))
 
-        dial = dial_worker(partial(worker_channel, to_spec, ssh, command, timeout, decide), timeout)
+        if worker is WorkerKind.RBD:
+            dial = dial_stock(partial(shell, to_spec, ssh, timeout, decide), far, timeout)
+        else:
+            command = " ".join([worker_command, shlex.join([*far.words(), "--timeout", f"{timeout:g}"])])
+            dial = dial_worker(partial(worker_channel, to_spec, ssh, command, timeout, decide), timeout)
         observer.emit(run(Sync(request, dial, observer).run()))
         code = 0
     except SiphonError as error:

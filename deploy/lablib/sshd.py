@@ -110,7 +110,10 @@ class Server:
         return path
 
     def _configure(self, environment: Mapping[str, str]) -> None:
-        words = " ".join(f'"{key}={value}"' for key, value in environment.items())
+        # A home of its own: a user's ~/.bashrc would run before every command, and may do anything.
+        theirs = self.home / "home"
+        theirs.mkdir(exist_ok=True)
+        words = " ".join(f'"{key}={value}"' for key, value in {**environment, "HOME": str(theirs)}.items())
         config = CONFIG.format(port=self.port, ip=ports.LOOPBACK, home=self.home, environment=words)
         (self.home / "sshd_config").write_text(config)
         self.authorized_keys.write_text(self.public_key + "\n")

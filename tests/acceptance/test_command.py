@@ -263,6 +263,18 @@ def test_a_controller_killed_at_a_random_moment_leaves_nothing_that_hinders(pair
     pair.same(name)
 
 
+def test_a_controller_killed_in_mid_step_leaves_nothing_that_hinders_the_stock_tools(pair: Pair) -> None:
+    name = big(pair, "killed-stock")
+    for pause in (1.5, 3.0):
+        running = subprocess.Popen([SIPHON, "sync", f"vms/{name}", pair.place(name), "--quiet", "--worker", "rbd"])
+        time.sleep(pause)
+        running.kill()
+        running.wait()
+    done = sync(pair, name, "--json", "--keep", "9", "--worker", "rbd")
+    assert done.returncode == 0, done.stderr
+    pair.same(name)
+
+
 def test_the_worker_works_as_a_forced_command_and_runs_nothing_else(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> None:
     name = pair.new("forced")
     proof = tmp_path_factory.mktemp("forced") / "ran"
