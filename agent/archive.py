@@ -1,8 +1,8 @@
 """An archive of an image: push a point, verify, fold old ones together, read a chain back.
 
-    DEST/IMAGE.ID/END-full/       entry.json, 000000.zst, 000001.zst …
+    DEST/IMAGE.ID/END-full/       entry.json, parts-000000.json …, 000000000.zst, 000000001.zst …
     DEST/IMAGE.ID/END-from-BASE/  an increment
-    DEST/IMAGE.ID/.pushing/       the point that is being written; its entry says how far
+    DEST/IMAGE.ID/.pushing/       the point that is being written; its last list of parts says how far
     DEST/IMAGE.ID/.folding/       the same for a merge
 
 A point's folder gets its name once all of it is there. The parts of a point unpack to a plain diff:
@@ -15,8 +15,9 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from typing import Protocol
 from urllib.parse import quote
 
 import msgspec
@@ -24,7 +25,7 @@ import xxhash
 import zstandard
 
 from agent import __version__
-from agent.chain import Entry, Part, chains_of, is_point, packed, parsed, to_fold
+from agent.chain import Entry, Part, Parts, chains_of, is_list, is_point, list_name, packed, parsed, parsed_parts, to_fold
 from agent.cluster import Image
 from agent.diff import Decoder, Encoder, Event, FormatError
 from agent.difffile import Ordered
@@ -33,15 +34,21 @@ from agent.exporting import owned
 from agent.inspection import Inspection
 from agent.manifest import Point
 from agent.merge import Header, merged
-from agent.model import ImageIdentity
+from agent.model import ImageIdentity, Snapshot
 from agent.source import Piece, Tally, reading
 from agent.store import Store
 from agent.threads import blocking
 
 #: How much of a diff one part holds, bytes: what an interrupted push at worst sends again.
 PART = 32 << 20
+#: How many parts one list names: it is written anew with each of them.
+LISTED = 256
 _LEVEL = 3
 _GATHER = 4 << 20
+#: How much of their parts the points of a merge hold together, and one of them at least, bytes.
+_FETCHED, _LEAST_FETCHED = 64 << 20, 1 << 20
+#: How much is unpacked at a time, bytes of a part.
+_FED = 64 << 10
 ENTRY, _ID = "entry.json", "archive-id"
 _PUSHING, _FOLDING, _REMOVING = ".pushing", ".folding", ".removing"
 
@@ -100,30 +107,40 @@ class Archive:
         except NotFoundError:
             return None
 
-    async def push(self, image: Image, entry: Entry, still: Callable[[], None], say: Callable[[str], None]) -> Entry:
+    async def push(
+        self, image: Image, entry: Entry, base: Snapshot | None, still: Callable[[], None], say: Callable[[str], None]
+    ) -> Entry:
         """Write the point `entry` (without parts), going on where an earlier push of it stopped.
 
-        `still` (in a thread) raises if what was read is not to be believed, since its snapshots are gone.
+        `base` is the entry's base as the source calls it now, which may be another name. `still` (in a
+        thread) raises if what was read is not to be believed, since its snapshots are gone.
         """
+        folder = f"{self.folder}/{_PUSHING}"
         begun = await self.begun()
-        if begun is not None and (begun.source, begun.base, begun.end) == (entry.source, entry.base, entry.end) and begun.until:
-            say(f"going on at {begun.until:,} bytes of the image: {len(begun.parts)} part(s) are there")
-            entry = begun
+        writer = _Writer(self._store, folder, entry)
+        if begun is not None and (begun.source, begun.base, begun.end) == (entry.source, entry.base, entry.end):
+            await writer.go_on()
+        if writer.whole:
+            say("all of it is there already")
+            await blocking(still)
+            return await self._finish(writer, _PUSHING)
+        if writer.until:
+            say(f"going on at {writer.until:,} bytes of the image: {writer.count} part(s) are there")
         else:
-            await self._store.remove(f"{self.folder}/{_PUSHING}")
-        writer = _Parts(self._store, f"{self.folder}/{_PUSHING}", entry)
-        base, end = entry.base.snapshot if entry.base else None, entry.end.snapshot
-        encoder = Encoder()
-        if not entry.parts:
-            await writer.put(_head(encoder, Header(base.name if base else "", end.name, end.size)))
-        async with reading(image, base, end, entry.until, Tally()) as pieces:
+            await self._store.remove(folder)
+            writer = _Writer(self._store, folder, entry)
+            await self._store.write(f"{folder}/{ENTRY}", packed(entry))
+        end, encoder = entry.end.snapshot, Encoder()
+        if not writer.count:
+            await writer.put(_head(encoder, Header(entry.base.snapshot.name if entry.base else "", end.name, end.size)))
+        async with reading(image, base, end, writer.until, Tally()) as pieces:
             async for piece in pieces:
                 await writer.piece(encoder, piece)
         await writer.put(encoder.end)
         await blocking(still)
         return await self._finish(writer, _PUSHING)
 
-    async def _finish(self, writer: _Parts, folder: str) -> Entry:
+    async def _finish(self, writer: _Writer, folder: str) -> Entry:
         done = await writer.close()
         await self._store.rename(f"{self.folder}/{folder}", f"{self.folder}/{done.name}")
         return done
@@ -172,40 +189,61 @@ class Archive:
         last = group[-1]
         await self._store.remove(f"{self.folder}/{_FOLDING}")
         entry = msgspec.structs.replace(
-            last, base=None, parts=(), records=0, data=0, zeros=0, made_at=now(), replaces=tuple(each.name for each in group)
+            last,
+            base=None,
+            parts=0,
+            stored=0,
+            records=0,
+            data=0,
+            zeros=0,
+            made_at=now(),
+            replaces=tuple(each.name for each in group),
         )
-        writer = _Parts(self._store, f"{self.folder}/{_FOLDING}", entry)
+        writer = _Writer(self._store, f"{self.folder}/{_FOLDING}", entry)
         stream = merged(self.layers(group), Header("", last.end.snapshot.name, last.size), Encoder())
         inspection = Inspection()
         while data := await blocking(_gather, stream):
             await blocking(inspection.feed, data)
             await writer.put(data)
         made = inspection.finish().diffs[0]
-        writer.entry = msgspec.structs.replace(writer.entry, records=made.records, data=made.data, zeros=made.zeros)
+        writer.counted(made.records, made.data, made.zeros)
         return await self._finish(writer, _FOLDING)
 
     def layers(self, group: Sequence[Entry]) -> list[Layer]:
-        """Return the points as inputs of a merge, to be read in threads: the event loop fetches their parts."""
+        """Return the points as inputs of a merge, to be read in threads: the event loop fetches their parts.
+
+        However many they are, together they hold `_FETCHED` bytes of parts and what these unpack to.
+        """
         loop = asyncio.get_running_loop()
+        piece = max(_LEAST_FETCHED, _FETCHED // max(1, len(group)))
 
-        def fetch(name: str) -> bytes:
-            return asyncio.run_coroutine_threadsafe(self._store.read(name), loop).result()
+        def fetch(name: str, at: int = 0, count: int | None = None) -> bytes:
+            return asyncio.run_coroutine_threadsafe(self._store.read(name, at, count), loop).result()
 
-        return [Layer(each, self._unpacked_in_thread(each, fetch)) for each in group]
+        return [Layer(each, self._unpacked_in_thread(each, fetch, piece)) for each in group]
 
-    def _unpacked_in_thread(self, entry: Entry, fetch: Callable[[str], bytes]) -> Iterator[bytes]:
-        for part in entry.parts:
-            yield _unpack(part, fetch(f"{self.folder}/{entry.name}/{part.name}"), entry.name)
+    def _unpacked_in_thread(self, entry: Entry, fetch: Fetch, piece: int) -> Iterator[bytes]:
+        """Yield a point's diff in pieces; what is wrong with a part shows behind its last piece at the latest."""
+        folder = f"{self.folder}/{entry.name}"
+        for name in map(list_name, range(entry.lists)):
+            for part in parsed_parts(fetch(f"{folder}/{name}"), f"{folder}/{name}").parts:
+                yield from _pieces(part, partial(fetch, f"{folder}/{part.name}"), piece, entry.name)
 
     async def unpacked(self, entry: Entry) -> AsyncIterator[bytes]:
         """Yield a point's diff, part by part; DataError where one is not what it was."""
-        for part in entry.parts:
-            path = f"{self.folder}/{entry.name}/{part.name}"
-            try:
-                stored = await self._store.read(path)
-            except NotFoundError as error:
-                raise DataError(f"a part is missing: {path}") from error
-            yield await blocking(_unpack, part, stored, entry.name)
+        count, folder = 0, f"{self.folder}/{entry.name}"
+        for name in map(list_name, range(entry.lists)):
+            for part in parsed_parts(await self._stored(f"{folder}/{name}"), f"{folder}/{name}").parts:
+                yield await blocking(_unpack, part, await self._stored(f"{folder}/{part.name}"), entry.name)
+                count += 1
+        if count != entry.parts:
+            raise DataError(f"{folder} lists {count} parts, and its entry counts {entry.parts}")
+
+    async def _stored(self, path: str) -> bytes:
+        try:
+            return await self._store.read(path)
+        except NotFoundError as error:
+            raise DataError(f"a file is missing: {path}") from error
 
     async def verify(self, entry: Entry) -> None:
         """Read a point whole; DataError if anything in it is not as its entry says."""
@@ -222,6 +260,13 @@ class Archive:
             raise DataError(f"{where} is the diff {found.base} → {found.end}, and its entry says otherwise")
         if (found.records, found.data, found.zeros) != (entry.records, entry.data, entry.zeros):
             raise DataError(f"{where} does not hold the records that its entry counts")
+
+
+class Fetch(Protocol):
+    """Reads a file of the archive, whole or a piece of it; blocks."""
+
+    def __call__(self, name: str, at: int = 0, count: int | None = None) -> bytes:
+        """Return `count` bytes from `at` on."""
 
 
 class Layer(Ordered):
@@ -263,6 +308,24 @@ def _unpack(part: Part, stored: bytes, where: str) -> bytes:
         raise DataError(f"{where}/{part.name} cannot be unpacked: {error}") from error
 
 
+def _pieces(part: Part, fetch: Callable[[int, int], bytes], piece: int, where: str) -> Iterator[bytes]:
+    """Yield what is packed in a part, fetching `piece` bytes of it at a time; DataError if it is not what was written."""
+    unpacking = zstandard.ZstdDecompressor().decompressobj(write_size=piece)
+    state = xxhash.xxh3_128()
+    try:
+        for at in range(0, part.bytes, piece):
+            stored = fetch(at, min(piece, part.bytes - at))
+            state.update(stored)
+            # Bounded, however well it packs: a few bytes of a frame may hold all of a part's zeros.
+            for begin in range(0, len(stored), _FED):
+                if data := unpacking.decompress(stored[begin : begin + _FED]):
+                    yield data
+    except zstandard.ZstdError as error:
+        raise DataError(f"{where}/{part.name} cannot be unpacked: {error}") from error
+    if state.hexdigest() != part.digest:
+        raise DataError(f"{where}/{part.name} was changed or cut: it is not what its entry says")
+
+
 def _head(encoder: Encoder, header: Header) -> bytes:
     base = encoder.from_snapshot(header.base) if header.base else b""
     return encoder.banner + base + encoder.to_snapshot(header.end) + encoder.size(header.size)
@@ -275,32 +338,60 @@ def now() -> str:
 
 def entry_for(source: ImageIdentity, image: str, base: Point | None, end: Point) -> Entry:
     """Return the entry of a point that is about to be pushed."""
-    return Entry(source, image, base, end, end.snapshot.size, (), now(), f"rbd-siphon {__version__}")
+    return Entry(source, image, base, end, end.snapshot.size, now(), f"rbd-siphon {__version__}")
 
 
-@dataclass
-class _Parts:
-    """Writes a diff as parts; the entry in the folder always tells of those that are there."""
+class _Writer:
+    """Writes a diff as parts; a list in the folder always tells of those that are there."""
 
-    store: Store
-    folder: str
-    entry: Entry
-    _held: list[bytes | memoryview] = field(default_factory=list)
-    _size: int = 0
-    _at: int = 0
+    def __init__(self, store: Store, folder: str, entry: Entry) -> None:
+        self._store = store
+        self._folder = folder
+        self._entry = entry
+        self._number = 0  # of the list at hand
+        self._listed = Parts()
+        self._held: list[bytes | memoryview] = []
+        self._size = 0
+        self._at = 0
+
+    @property
+    def count(self) -> int:
+        """How many parts are written."""
+        return self._listed.before + len(self._listed.parts)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the parts hold all of the diff."""
+        return self._listed.whole
+
+    @property
+    def until(self) -> int:
+        """Up to which offset of the image the parts hold what changed."""
+        return self._listed.until
+
+    async def go_on(self) -> None:
+        """Take up where the last list in the folder ends."""
+        lists = [name for name in await self._store.names(self._folder) if is_list(name)]
+        if lists:
+            path = f"{self._folder}/{lists[-1]}"
+            self._number, self._listed = len(lists) - 1, parsed_parts(await self._store.read(path), path)
 
     async def piece(self, encoder: Encoder, piece: Piece) -> None:
         """Take a piece of the image; a part ends between two of them."""
         if self._size >= PART:
             await self._flush()
-        entry = self.entry
+        listed = self._listed
         if piece.data is None:
             self._take(encoder.zero(piece.offset, piece.length))
-            self.entry = msgspec.structs.replace(entry, records=entry.records + 1, zeros=entry.zeros + piece.length)
+            self.counted(listed.records + 1, listed.data, listed.zeros + piece.length)
         else:
             self._take(encoder.data_header(piece.offset, piece.length), piece.data)
-            self.entry = msgspec.structs.replace(entry, records=entry.records + 1, data=entry.data + piece.length)
+            self.counted(listed.records + 1, listed.data + piece.length, listed.zeros)
         self._at = piece.offset + piece.length
+
+    def counted(self, records: int, data: int, zeros: int) -> None:
+        """Say what the diff holds so far."""
+        self._listed = msgspec.structs.replace(self._listed, records=records, data=data, zeros=zeros)
 
     async def put(self, data: bytes) -> None:
         """Take bytes that stand for no place of the image: a head, an end, or the stream of a merge."""
@@ -312,18 +403,34 @@ class _Parts:
         self._held += map(owned, parts)
         self._size += sum(len(part) for part in parts)
 
-    async def _flush(self) -> None:
+    async def _flush(self, *, last: bool = False) -> None:
         data = b"".join(self._held)
         self._held, self._size = [], 0
         stored = await blocking(zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress, data)
-        part = Part(f"{len(self.entry.parts):06d}.zst", len(stored), xxhash.xxh3_128_hexdigest(stored), len(data))
-        await self.store.write(f"{self.folder}/{part.name}", stored)
-        self.entry = msgspec.structs.replace(self.entry, parts=(*self.entry.parts, part), until=self._at)
-        await self.store.write(f"{self.folder}/{ENTRY}", packed(self.entry))
+        part = Part(f"{self.count:09d}.zst", len(stored), xxhash.xxh3_128_hexdigest(stored), len(data))
+        await self._store.write(f"{self._folder}/{part.name}", stored)
+        listed = self._listed
+        if len(listed.parts) >= LISTED:
+            self._number += 1
+            listed = msgspec.structs.replace(listed, before=self.count, parts=())
+        self._listed = msgspec.structs.replace(
+            listed, parts=(*listed.parts, part), stored=listed.stored + len(stored), until=self._at, whole=last
+        )
+        await self._store.write(f"{self._folder}/{list_name(self._number)}", packed(self._listed))
 
     async def close(self) -> Entry:
         """Write what is left, and return the whole entry."""
-        # With the last part the entry says that nothing is left to go on with.
-        self._at = 0
-        await self._flush()
-        return self.entry
+        if not self.whole:
+            await self._flush(last=True)
+        listed = self._listed
+        whole = msgspec.structs.replace(
+            self._entry,
+            parts=self.count,
+            lists=self._number + 1,
+            stored=listed.stored,
+            records=listed.records,
+            data=listed.data,
+            zeros=listed.zeros,
+        )
+        await self._store.write(f"{self._folder}/{ENTRY}", packed(whole))
+        return whole

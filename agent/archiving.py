@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from agent.archive import Archive, entry_for, now
-from agent.chain import Entry
+from agent.chain import Entry, snapshot_names
 from agent.cluster import Cluster, Image, Pool
 from agent.diff import Data, Decoder, Encoder, Event, FormatError, Zero
 from agent.errors import ConflictError, DataError, NotFoundError
@@ -43,20 +43,19 @@ async def _push(archive: Archive, cluster: Cluster, pool: Pool, spec: SourceSpec
     place = tag(f"archive {which}", ImageSpec("", source.identity.image_id))
     end = await _end(archive, pool, source, spec, place, last)
     if last is not None and last.end.snapshot.id >= end.id:
-        if last.end.snapshot == end:
+        if last.end.snapshot.id == end.id:
             return None
         raise ConflictError(
             f"the archive is at {last.end.snapshot.name} already, which is newer than {end.name}", hint="push a newer snapshot"
         )
-    base = last.end if last is not None and last.end.snapshot in source.snapshots else None
+    base = source.by_id(last.end.snapshot.id) if last is not None else None
     if last is not None and base is None:
         say(f"the source has lost {last.end.snapshot.name}, where the archive ends: this push is a full one")
     image = await blocking(pool.open, spec.image.image)
     try:
         point = Point(end, await blocking(image.taken_at, end.id))
-        entry = entry_for(source.identity, str(spec.image), base, point)
-        still = _still(pool, spec.image, base.snapshot if base else None, end)
-        done = await archive.push(image, entry, still, say)
+        entry = entry_for(source.identity, str(spec.image), last.end if last and base else None, point)
+        done = await archive.push(image, entry, base, _still(pool, spec.image, base, end), say)
     finally:
         await blocking(image.close)
     peer = Peer(f"archive {which}", end, now())
@@ -96,8 +95,8 @@ async def restore_image(
         writes = Writes(image)
         try:
             if all_points:
-                for each in points:
-                    await _apply(archive, each, image, writes)
+                for each, name in zip(points, snapshot_names(points), strict=True):
+                    await _apply(archive, each, name, image, writes)
             else:
                 await blocking(resize, image, points[-1].size)
                 stream = _stream(archive, points)
@@ -109,7 +108,7 @@ async def restore_image(
             await writes.abandon()
 
 
-async def _apply(archive: Archive, entry: Entry, image: Image, writes: Writes) -> None:
+async def _apply(archive: Archive, entry: Entry, name: str, image: Image, writes: Writes) -> None:
     await blocking(resize, image, entry.size)
     decoder = Decoder()
     try:
@@ -119,7 +118,7 @@ async def _apply(archive: Archive, entry: Entry, image: Image, writes: Writes) -
     except FormatError as error:
         raise DataError(f"the point {entry.end.snapshot.name} is damaged: {error}") from error
     await writes.settle()
-    await blocking(image.take_snapshot, entry.end.snapshot.name)
+    await blocking(image.take_snapshot, name)
 
 
 async def restore_file(archive: Archive, points: Sequence[Entry], out: Writing) -> None:

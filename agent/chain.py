@@ -11,12 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from typing import TypeVar
 
 import msgspec
 
 from agent.errors import DataError, NotFoundError, UsageError
 from agent.manifest import Point
 from agent.model import ImageIdentity, Value
+
+V = TypeVar("V")
 
 #: Version of the documents in an archive.
 FORM = 1
@@ -31,11 +34,30 @@ class Part(Value, frozen=True):
     plain: int
 
 
-class Entry(Value, frozen=True):
-    """A point of an archive: the diff `base` → `end` of an image, cut into parts.
+class Parts(Value, frozen=True):
+    """Some of a point's parts, with so many `before` them, and what all of these hold together.
 
-    All parts, unpacked one after the other, are a diff of version 1. While a point is being
-    written, `until` says up to which offset of the image its parts hold what changed.
+    `stored` is what they take, `until` the offset of the image up to which they hold what changed,
+    `whole` that they are the diff to its end; `records`, `data` and `zeros` are counted as in an `Entry`.
+    """
+
+    parts: tuple[Part, ...] = ()
+    before: int = 0
+    stored: int = 0
+    until: int = 0
+    records: int = 0
+    data: int = 0
+    zeros: int = 0
+    whole: bool = False
+
+
+class Entry(Value, frozen=True):
+    """A point of an archive: the diff `base` → `end` of an image, cut into `parts` files that take `stored` bytes.
+
+    They are named, in order, in `lists` files beside them.
+
+    All parts, unpacked one after the other, are a diff of version 1 with so many `records`, bytes of
+    `data` and of `zeros`.
     """
 
     source: ImageIdentity
@@ -43,13 +65,14 @@ class Entry(Value, frozen=True):
     base: Point | None
     end: Point
     size: int
-    parts: tuple[Part, ...]
     made_at: str
     tool: str
+    parts: int = 0
+    lists: int = 0
+    stored: int = 0
     records: int = 0
     data: int = 0
     zeros: int = 0
-    until: int = 0
     replaces: tuple[str, ...] = ()
     form: int = FORM
 
@@ -59,10 +82,15 @@ class Entry(Value, frozen=True):
         kind = f"from-{self.base.snapshot.id:012d}" if self.base is not None else "full"
         return f"{self.end.snapshot.id:012d}-{kind}"
 
-    @property
-    def stored(self) -> int:
-        """Return how many bytes it takes."""
-        return sum(part.bytes for part in self.parts)
+
+def list_name(number: int) -> str:
+    """Return the name of a point's list of parts, counted from 0."""
+    return f"parts-{number:06d}.json"
+
+
+def is_list(name: str) -> bool:
+    """Tell whether a file of that name lists parts."""
+    return re.fullmatch(r"parts-\d{6}\.json", name) is not None
 
 
 def is_point(folder: str) -> bool:
@@ -70,20 +98,29 @@ def is_point(folder: str) -> bool:
     return re.fullmatch(r"\d{12}-(full|from-\d{12})", folder) is not None
 
 
-def packed(entry: Entry) -> bytes:
-    """Return the entry's document."""
-    return msgspec.json.format(msgspec.json.encode(entry), indent=1) + b"\n"
+def packed(document: Entry | Parts) -> bytes:
+    """Return the document's bytes."""
+    return msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
 
 
 def parsed(document: bytes, where: str) -> Entry:
     """Return the entry in `document`; DataError if it is damaged, UsageError if a later version wrote it."""
-    try:
-        entry = msgspec.json.decode(document, type=Entry)
-    except msgspec.MsgspecError as error:
-        raise DataError(f"{where} is damaged: {error}") from error
+    entry = _decoded(document, Entry, where)
     if entry.form > FORM:
         raise UsageError(f"{where} was written by a later version of rbd-siphon ({entry.tool})", hint="upgrade rbd-siphon here")
     return entry
+
+
+def parsed_parts(document: bytes, where: str) -> Parts:
+    """Return the list in `document`; DataError if it is damaged."""
+    return _decoded(document, Parts, where)
+
+
+def _decoded(document: bytes, kind: type[V], where: str) -> V:
+    try:
+        return msgspec.json.decode(document, type=kind)
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{where} is damaged: {error}") from error
 
 
 def chains_of(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[str]]:
@@ -133,3 +170,12 @@ def to_fold(chain: Sequence[Entry], keep: int) -> list[Entry]:
     """Return the oldest points of a chain, to be merged into one so that the newest `keep` (at least one) stay; or none."""
     keep = max(1, keep)
     return list(chain[: len(chain) - keep + 1]) if len(chain) > keep else []
+
+
+def snapshot_names(points: Sequence[Entry]) -> list[str]:
+    """Return what the points' snapshots are called in one image: of those of one name, all but the last get their id behind it."""
+    names = [each.end.snapshot.name for each in points]
+    return [
+        f"{name}-{each.end.snapshot.id}" if name in names[place + 1 :] else name
+        for place, (name, each) in enumerate(zip(names, points, strict=True))
+    ]

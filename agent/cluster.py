@@ -94,6 +94,8 @@ class Cluster:
             "rados_mon_op_timeout": limit,
             "client_mount_timeout": str(max(1, min(15, round(timeout)))),
             "rbd_cache": "false",
+            # What is written here never changes any more, so librbd need not copy it (on our event loop's thread).
+            "rbd_disable_zero_copy_writes": "false",
             "log_to_stderr": "false",
             "err_to_stderr": "false",
         }
@@ -492,7 +494,7 @@ class Image:
 
     async def write(self, offset: int, data: bytes) -> None:
         """Write `data` at `offset`; durable when this returns."""
-        await self._aio(f"writing {self.spec}", lambda done: self._image.aio_write(data, offset, done))
+        await self._aio(f"writing {self.spec}", lambda done: self._image.aio_write(data, offset, done), data)
 
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Make an extent read as zeros, freeing what it held; durable when this returns."""
@@ -502,12 +504,12 @@ class Image:
         """Wait until all completed writes are durable."""
         await self._aio(f"flushing {self.spec}", self._image.aio_flush)
 
-    def _aio(self, doing: str, start: Callable[[Callable[..., None]], object]) -> asyncio.Future[bytes | None]:
-        """Start one asynchronous operation and return its future."""
+    def _aio(self, doing: str, start: Callable[[Callable[..., None]], object], kept: bytes = b"") -> asyncio.Future[bytes | None]:
+        """Start one asynchronous operation and return its future; `kept` lives until librbd is done with it."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bytes | None] = loop.create_future()
 
-        def done(completion: Any, data: bytes | None = None) -> None:
+        def done(completion: Any, data: bytes | None = None, kept: bytes = kept) -> None:  # noqa: ARG001  # only held
             # On one of librbd's threads: cross over once, and never raise.
             code = completion.get_return_value()
             with contextlib.suppress(RuntimeError):  # the loop is gone at the very end of a process

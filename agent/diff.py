@@ -137,6 +137,11 @@ class Decoder:
         return left
 
     @property
+    def missing(self) -> int:
+        """How many bytes of the data record at hand are still to come."""
+        return self._left
+
+    @property
     def done(self) -> bool:
         """Whether the end record has been read."""
         return self._done

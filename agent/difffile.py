@@ -17,6 +17,8 @@ from agent.merge import Header, Span
 _START = 4 << 10
 #: Bytes read where only a record's head is wanted.
 _HEAD = 64 << 10
+#: From how many bytes on a record's data are read by themselves, and the head of the record behind it.
+_LARGE, _SMALL = 256 << 10, 17
 #: Bytes of data handed on at a time.
 _PIECE = 1 << 20
 
@@ -30,6 +32,7 @@ class DiffFile:
         self.position = 0
         self._decoder = Decoder()
         self._events: list[Event] = []
+        self._large = False
         self._state = xxhash.xxh3_128()
         base = end = ""
         size: int | None = None
@@ -65,13 +68,24 @@ class DiffFile:
         events, self._events = self._events, []
         # A chunk may complete nothing: only the end of the stream, or of what was asked for, is an end.
         while not events and not self._decoder.done and (until is None or self.position < until):
-            events = self._read(CHUNK if until is None else min(CHUNK, until - self.position))
+            count = self._wanted()
+            events = self._read(count if until is None else min(count, until - self.position))
         if not events and self._decoder.done:
             # A pipe is read to its end: whoever writes it must not break, and nothing may follow.
             self._read(1)
         if any(isinstance(each, FromSnapshot | ToSnapshot | Size) for each in events):
             raise FormatError(f"{self.source.name} names a snapshot or a size behind its header")
         return events
+
+    def _wanted(self) -> int:
+        """Return how much to read: the data of a large record end where a piece of ours ends, and need no copy."""
+        if self._decoder.missing >= _LARGE:
+            self._large = True
+            return min(self._decoder.missing, CHUNK)
+        if self._large and not self._decoder.missing:
+            self._large = False
+            return _SMALL
+        return CHUNK
 
     def events(self) -> Iterator[Event]:
         """Yield everything that follows the header."""

@@ -20,6 +20,8 @@ STDIO = "-"
 #: Bytes read at a time: an object of the usual size.
 CHUNK = 4 << 20
 _PIPE = 1 << 20
+#: How much is read ahead of what was asked for, bytes.
+_AHEAD = 64 << 10
 
 
 class Reading:
@@ -28,7 +30,6 @@ class Reading:
     def __init__(self, name: str) -> None:
         """Open `name`; NotFoundError or UsageError if that cannot be."""
         self.name = "standard input" if name == STDIO else name
-        self._space = bytearray()
         try:
             self._fd = os.dup(0) if name == STDIO else os.open(name, os.O_RDONLY | os.O_CLOEXEC)
             found = os.fstat(self._fd)
@@ -43,19 +44,13 @@ class Reading:
         if stat.S_ISDIR(found.st_mode):
             os.close(self._fd)
             raise UsageError(f"{name} is a folder")
+        self._pipe = open(self._fd, "rb", _AHEAD, closefd=False)  # noqa: SIM115  # closed with the descriptor
 
     def read(self, count: int = CHUNK) -> bytes:
         """Return the next `count` bytes, fewer only at the end."""
         try:
-            if self.regular:
-                return os.read(self._fd, count)
-            # A pipe gives what is in it, which is less than anybody wants to decode or write at once.
-            if len(self._space) < count:
-                self._space = bytearray(count)
-            view, filled = memoryview(self._space)[:count], 0
-            while filled < count and (got := os.readv(self._fd, [view[filled:]])):
-                filled += got
-            return bytes(view[:filled])
+            # A pipe gives what is in it, which is less than anybody wants; Python's reader collects it in place.
+            return os.read(self._fd, count) if self.regular else self._pipe.read(count)
         except OSError as error:
             raise SiphonError(f"{self.name} cannot be read: {error.strerror}") from error
 

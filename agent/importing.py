@@ -13,6 +13,7 @@ import asyncio
 import os
 import secrets
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,8 +34,6 @@ from agent.writes import Imported, Writes, resize, write_all
 
 #: How much of a stream is announced at a time before it is written, bytes; it is held in memory.
 _WINDOW = 32 << 20
-#: How much is applied before it is made durable: what an interruption at worst repeats (bytes, seconds).
-_MARK_BYTES, _MARK_SECONDS = 128 << 20, 5.0
 
 
 class DiffMark(Value, frozen=True):
@@ -277,22 +276,22 @@ class DiffImport:
         )
 
     async def _stream(self, diff: DiffFile, image: Image, writes: Writes, mark: DiffMark) -> None:
-        loop = asyncio.get_running_loop()
-        durable, since = mark.durable, loop.time()
-        given = mark.begun  # up to here writes have been started
-        while True:
-            window: list[Event] = []
-            while diff.position - given < _WINDOW and (events := await blocking(diff.batch)):
-                window += events
-            if not window:
-                return
-            if given - durable >= _MARK_BYTES or loop.time() - since > _MARK_SECONDS:
-                await writes.settle()
-                durable, since = given, loop.time()
-            now = DiffMark(mark.header, durable, diff.position, diff.digest)
-            await blocking(image.set_metadata, DIFF_KEY, encode(now))
-            await write_all(writes, window, mark.header.size)
-            given = diff.position
+        durable = mark.durable
+        landings: deque[tuple[int, asyncio.Task[None]]] = deque()
+        # While a window is written the next one is read: who fills the pipe need not wait for the disks.
+        reading = asyncio.create_task(_window(diff))
+        try:
+            while (window := await reading).events:
+                reading = asyncio.create_task(_window(diff))
+                while landings and landings[0][1].done():
+                    durable, landing = landings.popleft()
+                    landing.result()
+                now = DiffMark(mark.header, durable, window.end, window.digest)
+                await blocking(image.set_metadata, DIFF_KEY, encode(now))
+                await write_all(writes, window.events, mark.header.size)
+                landings.append((window.end, writes.landing()))
+        finally:
+            reading.cancel()
 
     def _me(self) -> Hand:
         return Hand(
@@ -302,6 +301,22 @@ class DiffImport:
             run=secrets.token_hex(6),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What a stream holds next, where in it that ends, and the digest of everything up to there."""
+
+    events: list[Event]
+    end: int
+    digest: str
+
+
+async def _window(diff: DiffFile) -> _Window:
+    start, events = diff.position, list[Event]()
+    while diff.position - start < _WINDOW and (more := await blocking(diff.batch)):
+        events += more
+    return _Window(events, diff.position, diff.digest)
 
 
 @dataclass(frozen=True)

@@ -304,12 +304,12 @@ class SftpFolder:
             except asyncssh.SFTPNoSuchFile:
                 return []
 
-    async def read(self, name: str) -> bytes:
-        """Return a file's content; NotFoundError if there is none."""
+    async def read(self, name: str, at: int = 0, count: int | None = None) -> bytes:
+        """Return a file's content, or a piece of it; NotFoundError if there is none."""
         with self._explained(f"reading {name}"):
             try:
                 async with self._sftp.open(self._path(name), "rb") as file:
-                    data: Any = await file.read()  # bytes, since it was opened so
+                    data: Any = await file.read(-1 if count is None else count, at)  # bytes, since it was opened so
                     return bytes(data)
             except asyncssh.SFTPNoSuchFile:
                 raise NotFoundError(f"there is no file {name} in {self.place}") from None

@@ -29,8 +29,8 @@ class Store(Protocol):
     async def names(self, folder: str) -> list[str]:
         """Return what lies in a folder, sorted; nothing if there is no such folder."""
 
-    async def read(self, name: str) -> bytes:
-        """Return a file's content; NotFoundError if there is none."""
+    async def read(self, name: str, at: int = 0, count: int | None = None) -> bytes:
+        """Return a file's content, or `count` bytes of it from `at` on; NotFoundError if there is none."""
 
     async def write(self, name: str, data: bytes) -> None:
         """Write a file: temporary name, fsync, rename. Folders on the way are made."""
@@ -57,10 +57,10 @@ class Folder:
         path = self._root / folder
         return await blocking(_names, path)
 
-    async def read(self, name: str) -> bytes:
-        """Return a file's content; NotFoundError if there is none."""
+    async def read(self, name: str, at: int = 0, count: int | None = None) -> bytes:
+        """Return a file's content, or a piece of it; NotFoundError if there is none."""
         try:
-            return await blocking((self._root / name).read_bytes)
+            return await blocking(_read, self._root / name, at, count)
         except FileNotFoundError:
             raise NotFoundError(f"there is no file {self._root / name}") from None
         except OSError as error:
@@ -116,6 +116,12 @@ class Folder:
             sync_folder(new.parent)
         except OSError as error:
             raise SiphonError(f"{old} cannot be renamed to {new}: {error.strerror}") from error
+
+
+def _read(path: Path, at: int, count: int | None) -> bytes:
+    with path.open("rb") as file:
+        file.seek(at)
+        return file.read(-1 if count is None else count)
 
 
 def _names(path: Path) -> list[str]:

@@ -34,6 +34,7 @@ class Writes:
         self._image = image
         self._budget = Budget(_FLIGHT)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._landings: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
 
     async def data(self, offset: int, data: bytes) -> None:
@@ -52,15 +53,31 @@ class Writes:
 
     async def settle(self) -> None:
         """Wait until everything is durable; raises what failed."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        self._check()
-        await self._image.flush()
+        await self.landing()
+
+    def landing(self) -> asyncio.Task[None]:
+        """Return a task that ends once everything started so far is durable, and raises what failed of it."""
+        landing = asyncio.get_running_loop().create_task(self._land(frozenset(self._tasks)))
+        self._landings.add(landing)
+        landing.add_done_callback(self._landed)
+        return landing
 
     async def abandon(self) -> None:
         """Wait for what is in flight, whatever comes of it: nobody may close the image before."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if under_way := self._tasks | self._landings:
+            await asyncio.wait(under_way)
+
+    async def _land(self, tasks: frozenset[asyncio.Task[None]]) -> None:
+        if tasks:
+            await asyncio.wait(tasks)
+        self._check()
+        # An image's own settings (conf_rbd_cache) may have turned a cache on that we turned off.
+        await self._image.flush()
+
+    def _landed(self, landing: asyncio.Task[None]) -> None:
+        self._landings.discard(landing)
+        if not landing.cancelled():
+            landing.exception()  # told to whoever asks for it, and by every later write
 
     def _check(self) -> None:
         if self._failed is not None:
@@ -96,7 +113,7 @@ async def write_all(writes: Writes, events: list[Event], size: int) -> None:
             case Data(offset, data):
                 if offset + len(data) > size:
                     raise UsageError(f"the diff writes at {offset}, behind the image's end at {size}")
-                whole = bytes(data)
+                whole = as_bytes(data)
                 for begin, end, holds in runs(offset, whole):
                     if holds:
                         await writes.data(offset + begin, whole[begin:end])
@@ -107,6 +124,14 @@ async def write_all(writes: Writes, events: list[Event], size: int) -> None:
                     await writes.zeros(offset, min(length, size - offset))
             case _:
                 pass
+
+
+def as_bytes(view: bytes | memoryview) -> bytes:
+    """Return what librbd takes: the bytes of `view`, copied only where it is a part of something larger."""
+    if isinstance(view, bytes):
+        return view
+    there = view.obj
+    return there if isinstance(there, bytes) and len(there) == len(view) else bytes(view)
 
 
 def resize(image: Image, size: int) -> None:

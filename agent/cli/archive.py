@@ -15,12 +15,13 @@ import typer
 from agent.cli.options import Conf, Id, Identity, Keyring, KnownHosts, Name, SshConfig, SshPort, Timeout
 from agent.cli.outcome import carry_out, say
 from agent.cli.running import run
-from agent.errors import UsageError
+from agent.errors import DataError, UsageError
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_store
 from agent.threads import blocking
 
 if TYPE_CHECKING:
+    from agent.chain import Entry
     from agent.remote import SshSettings
     from agent.store import Store
 
@@ -64,7 +65,7 @@ def push(
             print(f"{spec.image}: the archive is up to date")
         else:
             since = made.base.snapshot.name if made.base else "nothing"
-            print(f"{spec.image}: pushed {made.end.snapshot.name} (from {since}): {made.stored} bytes in {len(made.parts)} part(s)")
+            print(f"{spec.image}: pushed {made.end.snapshot.name} (from {since}): {made.stored} bytes in {made.parts} part(s)")
 
     carry_out(lambda: run(work()))
 
@@ -83,20 +84,32 @@ def list_(
     from agent.archive import Archive
 
     async def work() -> None:
+        damaged: list[str] = []
         async with _store(dest, _ssh(ssh_port, identity, known_hosts, ssh_config), timeout) as store:
             for name in await store.names(""):
-                for chain in await Archive(store, name).chains():
-                    for each in chain:
-                        age = (datetime.now(UTC) - datetime.fromisoformat(each.end.taken_at)).total_seconds()
-                        if json:
-                            row = {"archive": name, "entry": each, "stored": each.stored, "age": round(age)}
-                            sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
-                        else:
-                            since = f"from {each.base.snapshot.name}" if each.base else "full"
-                            taken = f"taken {each.end.taken_at}, {age / 3600:.1f} h ago"
-                            print(f"{name}  {each.end.snapshot.name}  {since}  {each.stored} bytes  {taken}")
+                try:
+                    chains = await Archive(store, name).chains()
+                except DataError as error:
+                    print(f"{name}: {error}", file=sys.stderr)
+                    damaged.append(name)
+                    continue
+                for each in (each for chain in chains for each in chain):
+                    _show(name, each, json=json)
+        if damaged:
+            raise DataError(f"{len(damaged)} of the archives in {dest} cannot be listed: {', '.join(damaged)}")
 
     carry_out(lambda: run(work()))
+
+
+def _show(archive: str, entry: Entry, *, json: bool) -> None:
+    age = (datetime.now(UTC) - datetime.fromisoformat(entry.end.taken_at)).total_seconds()
+    if json:
+        row = {"archive": archive, "entry": entry, "stored": entry.stored, "age": round(age)}
+        sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
+    else:
+        since = f"from {entry.base.snapshot.name}" if entry.base else "full"
+        taken = f"taken {entry.end.taken_at}, {age / 3600:.1f} h ago"
+        print(f"{archive}  {entry.end.snapshot.name}  {since}  {entry.stored} bytes  {taken}")
 
 
 @app.command()

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Coroutine
 from typing import NoReturn, TypeVar
 
+from agent.memory import keep_freed
+
 T = TypeVar("T")
 
 #: How long stopping in good order may take before the process ends at once, seconds.
@@ -26,6 +28,7 @@ class Stopped(Exception):  # noqa: N818  # a signal is no error
 
 def run(work: Coroutine[object, object, T]) -> T:
     """Run `work` to its end; Stopped if SIGINT or SIGTERM ended it. A second signal ends the process."""
+    keep_freed()
     return asyncio.run(_supervised(work))
 
 

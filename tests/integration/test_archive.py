@@ -162,6 +162,7 @@ def test_a_push_cut_anywhere_leaves_the_chain_and_goes_on_without_what_arrived(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archives, "PART", MIB)
+    monkeypatch.setattr(archives, "LISTED", 2)
     dest = str(tmp_path / "archive")
     name, _ = pushed(pair, dest, 1)
     with pair.source.image(name) as image:
@@ -263,6 +264,35 @@ def test_every_flipped_bit_and_every_missing_part_is_found(pair: Pair, tmp_path:
         assert command("archive", "verify", name, dest).returncode == 6
         part.write_bytes(whole)
     ours("verify", name, dest)
+
+
+def test_a_damaged_archive_does_not_hide_the_others(pair: Pair, tmp_path: Path) -> None:
+    dest = str(tmp_path / "archive")
+    bad, good = (pushed(pair, dest, 1)[0] for _ in range(2))
+    next(tmp_path.glob(f"archive/{bad}.*/*/entry.json")).write_text("{")
+    done = command("archive", "list", dest)
+    assert done.returncode == 6
+    assert bad in done.stderr
+    assert [line.split(".")[0] for line in done.stdout.splitlines()] == [good]
+
+
+def test_points_of_one_name_become_snapshots_of_two(pair: Pair, tmp_path: Path) -> None:
+    dest, name = str(tmp_path / "archive"), pair.new("nightly", size=8 * MIB)
+    digests = []
+    for seed in range(2):
+        changed(pair, name, seed)
+        with pair.source.image(name) as image:
+            for each in [each["name"] for each in image.list_snaps() if each["name"] == "nightly"]:
+                image.rename_snap(each, "older")
+        pair.source.snap(name, "nightly")
+        digests.append(pair.source.digest(name, "nightly"))
+        ours("push", f"vms/{name}@nightly", dest)
+    copy = unique("nightlies")
+    ours("restore", name, dest, f"vms-dr/{copy}", "--snapshots", "--conf", str(pair.lab.target.conf))
+    older, newer = pair.target.snapshots(copy)
+    assert newer == "nightly"
+    assert older.startswith("nightly-")
+    assert [pair.target.digest(copy, older), pair.target.digest(copy, newer)] == digests
 
 
 def test_a_lost_base_begins_a_new_chain_and_prune_drops_the_old(pair: Pair, tmp_path: Path) -> None:

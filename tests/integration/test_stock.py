@@ -53,6 +53,10 @@ def imports() -> list[int]:
     return found
 
 
+def is_rbd(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "rbd"
+
+
 def test_it_copies_increments_discards_and_sizes_and_says_what_it_cannot_do(pair: Pair) -> None:
     name = pair.new("stock")
     first = sync(pair, name)
@@ -136,7 +140,7 @@ def test_an_import_that_is_killed_is_rolled_back(pair: Pair) -> None:
                 await asyncio.sleep(0.05)
             await asyncio.sleep(1.5)
             for pid in imports():
-                if Path(f"/proc/{pid}/comm").read_text().strip() == "rbd":
+                if is_rbd(pid):
                     os.kill(pid, signal.SIGKILL)
             with pytest.raises(SiphonError):
                 await task

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.chain import Entry, chains_of, packed, parsed, to_fold, up_to
+from agent.chain import Entry, chains_of, packed, parsed, snapshot_names, to_fold, up_to
 from agent.errors import DataError, NotFoundError, UsageError
 from agent.manifest import Point
 from agent.model import ImageIdentity, Snapshot
@@ -20,7 +21,7 @@ def point(number: int) -> Point:
 
 def entry(base: int | None, end: int, replaces: tuple[str, ...] = ()) -> Entry:
     start = point(base) if base is not None else None
-    return Entry(SOURCE, "vms/x", start, point(end), 100, (), "now", "test", replaces=replaces)
+    return Entry(SOURCE, "vms/x", start, point(end), 100, "now", "test", replaces=replaces)
 
 
 FULL, FIRST, SECOND = entry(None, 1), entry(1, 2), entry(2, 3)
@@ -75,3 +76,10 @@ def test_documents_are_read_back_and_damage_and_later_forms_are_told() -> None:
         parsed(packed(SECOND)[:-9], "x")
     with pytest.raises(UsageError, match="later version"):
         parsed(packed(SECOND).replace(b"{", b'{"form": 99,', 1), "x")
+
+
+def test_snapshots_of_one_name_are_told_apart_by_their_ids_but_for_the_last() -> None:
+    nightly = [
+        msgspec.structs.replace(each, end=Point(Snapshot(each.end.snapshot.id, "nightly", 100), "")) for each in (FULL, SECOND)
+    ]
+    assert snapshot_names([nightly[0], FIRST, nightly[1]]) == ["nightly-1", "s2", "nightly"]
