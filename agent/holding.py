@@ -107,6 +107,10 @@ class Holding:
         version = 0
         if unfinished and not strangers:
             version = await blocking(self.pool.header_version, self._image_id)
+            # Whoever came in between our closing and this look is in that version.
+            after = await blocking(footing, self.pool, self.image.spec, self._image_id)
+            if after.owner or after.strangers or after.version != version:
+                version = 0
         # Without a version the next run finds that somebody else may have written.
         await self._record(state="released", version=version)
 
@@ -152,11 +156,12 @@ async def settled_footing(pool: Pool, spec: ImageSpec, image_id: str, *, unfinis
 
 
 async def _unowned(pool: Pool, spec: ImageSpec, image_id: str, patience: float) -> Footing:
-    """Look until no worker of ours owns the lock, at most for `patience` seconds."""
+    """Look until no worker of ours owns the lock or is about to write its last word, at most for `patience` seconds."""
     until = asyncio.get_running_loop().time() + patience
     while True:
         found = await blocking(footing, pool, spec, image_id)
-        if hand_of(found.owner, found.guard) is None or asyncio.get_running_loop().time() > until:
+        leaving = found.guard is not None and found.guard.tenure is not None and found.guard.tenure.state == "releasing"
+        if (hand_of(found.owner, found.guard) is None and not leaving) or asyncio.get_running_loop().time() > until:
             return found
         # librbd tells nobody when a lock is given back: looking again is all there is.
         await asyncio.sleep(_AGAIN)
@@ -180,7 +185,7 @@ async def take(
         await _lock(image, hand_of(found.owner, found.guard), me, say)
         await holding.confirm()
     except LockedError:
-        await holding.withdraw()
+        await holding.give_up()  # the lock may have come all the same
         now = await _unowned(pool, spec, image_id, _LEAVES_AT_LAST)
         if now.owner != found.owner and not now.strangers:
             return None
@@ -200,7 +205,8 @@ async def _lock(image: Image, owner: Hand | None, me: Hand, say: Callable[[str],
     asking = asyncio.ensure_future(blocking(image.lock))
     try:
         try:
-            async with asyncio.timeout(_ASK):
+            # With no owner, or a stranger, there is nobody to fence: only a slow cluster to wait for.
+            async with asyncio.timeout(_ASK if owner else _AFTER_FENCE):
                 return await asyncio.shield(asking)
         except TimeoutError:
             if owner is None:
@@ -219,10 +225,12 @@ async def _lock(image: Image, owner: Hand | None, me: Hand, say: Callable[[str],
             await asyncio.shield(asking)
     except TimeoutError:
         raise LockedError(f"the lock of {image.spec} does not come, though its owner was fenced") from None
-    except asyncio.CancelledError:
+    finally:
         # Nobody may close the image under a call that still uses it.
-        await asyncio.wait([asking])
-        raise
+        if not asking.done():
+            await asyncio.wait([asking])
+        if not asking.cancelled():
+            asking.exception()
 
 
 async def _once_more(image: Image, owner: Hand) -> None:

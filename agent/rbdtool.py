@@ -21,6 +21,10 @@ V = TypeVar("V")
 
 #: What separates the answers of several commands; JSON of one line never looks so.
 _BETWEEN = "--next--"
+#: What a note begins with while a command of ours is at work, and how a header's name begins.
+_WORKING, _HEADER = "working", "rbd_header."
+#: What `changing` ends with where somebody has taken the lock since the last note; no errno that rbd ends with.
+TAKEN = 213
 #: How the key of an image's metadata begins in the header's omap.
 _OMAP_PREFIX = "metadata_"
 
@@ -102,9 +106,8 @@ def looked(out: bytes) -> Look:
     return Look(
         info(shown),
         tuple(sorted((Snapshot(each.id, each.name, each.size) for each in listed), key=lambda each: each.id)),
-        tuple(each.address for each in _read(status, _Status, "rbd status").watchers),
-        # Locks that people take by hand (rbd lock add) are listed too, under other ids.
-        next((each for each in _read(locks, list[Locker], "rbd lock ls") if each.id.startswith("auto ")), None),
+        watchers(status),
+        locker(locks),
         _metadata(omap.decode(errors="replace")),
     )
 
@@ -230,45 +233,90 @@ def shell(script: str) -> list[str]:
     return ["sh", "-c", script]
 
 
-def proving(command: list[str], proof: str) -> str:
-    """Return a script that runs `command`, then `proof` however that ended, and ends with the command's status."""
-    return f"{shlex.join(command)}; status=$?; {proof}; exit $status"
+def changing(tool: Tool, at: ImageSpec, trace: str, lease: str, command: list[str]) -> list[str]:
+    """Return what runs `command` if nobody has taken the image's lock since the last note, and notes how it is then.
 
-
-def proof(tool: Tool, at: ImageSpec, image_id: str) -> str:
-    """Return a script that notes beside the image when its header and its object map were last changed."""
-    return f"{_traces(tool, at, image_id)} | {shlex.join(tool.rados('put', lease_object(image_id), '-', at=at))}"
-
-
-def comparing(tool: Tool, at: ImageSpec, image_id: str) -> list[str]:
-    """Return a command that prints the last proof and what it would be now."""
-    get = shlex.join(tool.rados("get", lease_object(image_id), "-", at=at))
-    return shell(f"{get} 2>/dev/null; echo {_BETWEEN}; {_traces(tool, at, image_id)}")
-
-
-def untouched(out: bytes) -> bool:
-    """Read what `comparing` prints: whether nobody has taken the image's lock since the proof was noted.
-
-    Taking the lock writes to the header and, where there is one, to the object map. The header also
-    changes when the image is merely opened for writing, the object map does not (16.2, tried).
+    Ends with the command's status, or with `TAKEN` before it ran. While the command runs the note says
+    so: where the host dies in the middle, the next run knows that it was ours.
     """
-    noted, now = (_read_traces(part) for part in out.split(f"{_BETWEEN}\n".encode(), 1))
-    return bool(noted) and any(now.get(name) == changed for name, changed in noted.items())
+    return shell(
+        f"{_alone(tool, at, trace, lease)}; {shlex.join(command)}; status=$?; {noting(tool, at, trace, lease)}; exit $status"
+    )
 
 
-def _traces(tool: Tool, at: ImageSpec, image_id: str) -> str:
-    stats = (shlex.join(tool.rados("stat2", each, at=at)) for each in (header_object(image_id), f"rbd_object_map.{image_id}"))
-    return f"{{ {'; '.join(stats)}; }} 2>/dev/null"
+def noting(tool: Tool, at: ImageSpec, trace: str, lease: str) -> str:
+    """Return a script that notes in the object `lease` when the object `trace` was last changed."""
+    return f"{_stat(tool, at, trace)} | {shlex.join(tool.rados('put', lease, '-', at=at))}"
 
 
-def _read_traces(out: bytes) -> dict[bytes, bytes]:
-    """Return when each object was changed, by name."""
-    return {name: changed for name, mtime, changed in (line.partition(b" mtime ") for line in out.splitlines()) if mtime}
+def comparing(tool: Tool, at: ImageSpec, trace: str, lease: str) -> list[str]:
+    """Return a command that prints the last note and what it would be now."""
+    get = shlex.join(tool.rados("get", lease, "-", at=at))
+    return shell(f"{get} 2>/dev/null; echo {_BETWEEN}; {_stat(tool, at, trace)}")
+
+
+@dataclass(frozen=True)
+class Note:
+    """What `comparing` prints: whether the lock's traces are as they were noted, and whether a command of ours was at work then."""
+
+    same: bool
+    working: bool
+
+
+def note(out: bytes) -> Note:
+    """Read what `comparing` prints."""
+    noted, now = (part.splitlines() for part in out.split(f"{_BETWEEN}\n".encode(), 1))
+    return Note(bool(noted) and bool(now) and noted[-1] == now[-1], noted[:1] == [_WORKING.encode()])
+
+
+def trace_object(image_id: str, features: list[str]) -> str:
+    """Return the object that changes whenever a client takes the image's lock.
+
+    That is the object map, which does not change when the image is merely opened for writing; and the
+    header, which does, where there is no object map (16.2, tried).
+    """
+    return f"rbd_object_map.{image_id}" if "object-map" in features else header_object(image_id)
+
+
+def _alone(tool: Tool, at: ImageSpec, trace: str, lease: str) -> str:
+    """Return a script that ends with `TAKEN` if the trace is not as it was noted, and notes that a command of ours begins.
+
+    A header is not compared: our own commands change it by opening the image.
+    """
+    get, put = (shlex.join(tool.rados(verb, lease, "-", at=at)) for verb in ("get", "put"))
+    compare = "true" if trace.startswith(_HEADER) else f'{get} 2>/dev/null | grep -qxF "$now"'
+    return f'now=$({_stat(tool, at, trace)}); {compare} || exit {TAKEN}; {{ echo {_WORKING}; echo "$now"; }} | {put} || exit'
+
+
+def _stat(tool: Tool, at: ImageSpec, trace: str) -> str:
+    return shlex.join(tool.rados("stat2", trace, at=at))
+
+
+def disturbing(tool: Tool, at: ImageSpec, image_id: str) -> list[str]:
+    """Return a command that prints when the header was last changed, which every opening for writing does, and who has it open."""
+    stat = _stat(tool, at, header_object(image_id))
+    return shell(f"{stat} && echo {_BETWEEN} && {shlex.join(tool.rbd('status', '--format=json', at=at))}")
+
+
+def disturbed(out: bytes) -> tuple[bytes, tuple[str, ...]]:
+    """Read what `disturbing` prints: the header's time, and the watchers' addresses."""
+    header, status = out.split(f"{_BETWEEN}\n".encode(), 1)
+    return header, watchers(status)
+
+
+def watchers(out: bytes) -> tuple[str, ...]:
+    """Read the addresses of `rbd status --format=json`."""
+    return tuple(each.address for each in _read(out, _Status, "rbd status").watchers)
+
+
+def locker(out: bytes) -> Locker | None:
+    """Read `rbd lock ls --format=json`: librbd's own lock. Those that people take by hand are listed too, under other ids."""
+    return next((each for each in _read(out, list[Locker], "rbd lock ls") if each.id.startswith("auto ")), None)
 
 
 def header_object(image_id: str) -> str:
     """Return the RADOS object that holds an image's header."""
-    return f"rbd_header.{image_id}"
+    return f"{_HEADER}{image_id}"
 
 
 def lease_object(image_id: str) -> str:
@@ -276,21 +324,23 @@ def lease_object(image_id: str) -> str:
     return f"{guard_object(image_id)}.rbd"
 
 
-def keeper(tool: Tool, at: ImageSpec, image_id: str, silence: float) -> str:
-    """Return a script that watches the lease until its input ends or was silent for `silence` seconds.
+def keeper(tool: Tool, at: ImageSpec, lease: str, silence: float) -> str:
+    """Return a script that watches the object `lease` until its input ends or was silent for `silence` seconds.
 
     A watch is visible to all and ends with its client; RADOS drops it within half a minute where the host died.
     """
-    lease = lease_object(image_id)
     there, create, watch = (shlex.join(tool.rados(verb, lease, at=at)) for verb in ("stat", "create", "watch"))
     heard = f'while [ -n "$(timeout {silence:.0f} head -c 1)" ]; do :; done'
     return f"{there} >/dev/null 2>&1 || {create} || exit; {{ {heard}; }} | {watch}"
 
 
-def importing(command: list[str], proof: str) -> str:
-    """Return a script that feeds its input to `command` and to b2sum, and prints both results, then runs `proof`.
+def importing(tool: Tool, at: ImageSpec, trace: str, lease: str) -> list[str]:
+    """Return what feeds its input to `rbd import-diff` and to b2sum, prints both results, and notes how the image is then.
 
-    Prints `rbd STATUS` and the digest's line, in either order.
+    Prints `rbd STATUS` and the digest's line, in either order; ends with `TAKEN` as `changing` does.
     """
-    run = f"{{ {shlex.join(command)} >&2; echo rbd $? >&4; }}"
-    return f"{{ {{ tee /dev/fd/3 | {run}; }} 3>&1 | b2sum; }} 4>&1; {proof}"
+    # librbd would note the time of the writes in the header once a minute, and a header that changes is a stranger's sign.
+    command = shlex.join(tool.rbd("import-diff", "--no-progress", "--rbd-mtime-update-interval=0", "--path=-", at=at))
+    run = f"{{ {command} >&2; echo rbd $? >&4; }}"
+    feed = f"{{ {{ tee /dev/fd/3 | {run}; }} 3>&1 | b2sum; }} 4>&1"
+    return shell(f"{_alone(tool, at, trace, lease)}; {feed}; {noting(tool, at, trace, lease)}")

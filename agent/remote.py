@@ -81,6 +81,13 @@ class SshChannel:
         """Wait until more may be written."""
         await self._room.wait()
 
+    async def emptied(self) -> None:
+        """Wait until all that was written has left this side."""
+        if not self._gone:
+            self._channel.set_write_buffer_limits(0, 0)
+            await self._room.wait()
+            self._channel.set_write_buffer_limits(_HIGH, _LOW)
+
     async def receive(self) -> bytes:
         """Return the next bytes, b"" once the other side is gone."""
         while not self._received:
@@ -128,6 +135,11 @@ class SshChannel:
         """Tell the command that its input ends here."""
         if not self._gone:
             self._channel.write_eof()
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes wait here to be sent."""
+        return self._channel.get_write_buffer_size()
 
     @property
     def status(self) -> int | None:
@@ -255,7 +267,9 @@ class Shell:
         self._say(f"ssh {self._host} {command}")
         with self._explained():
             done: Any = await self._connection.run(command, stdin=asyncssh.DEVNULL, encoding=None)  # bytes, since asked so
-        return Ran(done.exit_status, bytes(done.stdout), bytes(done.stderr).decode(errors="replace").strip())
+        # asyncssh's status for the end by a signal is -1.
+        status = None if done.exit_status is None or done.exit_status < 0 else done.exit_status
+        return Ran(status, bytes(done.stdout), bytes(done.stderr).decode(errors="replace").strip())
 
     @asynccontextmanager
     async def start(self, command: str) -> AsyncIterator[SshChannel]:

@@ -9,8 +9,12 @@ Three things stand for what a worker's exclusive lock gives:
   looks for other watchers after its own watch is registered, so of two at least one gives way.
 - **Nobody else has the image open.** Every client that may write has a watch on its header; a run
   begins when there is none, and one that is left by our own cut-off import (`Mark.holder`) is fenced.
-- **The proof.** The lock's traces are as our last command noted them (agent/rbdsite.py), or the lock is still
-  our dead import's: nobody else has written, and what there is of our step may be rolled back.
+  While data flow the header must not change: every opening for writing changes it.
+- **The note.** Each command of ours begins by comparing the traces that taking the lock leaves with
+  those that our last one noted (agent/rbdsite.py). So nobody's writes come between two of them unseen.
+
+What remains are the milliseconds between the import's end and its note, and between a comparison
+and the command behind it: a client that opens, writes and closes the replica within them is not seen.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ import hashlib
 import random
 import secrets
 import shlex
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import TypeVar
 
 import msgspec
 
@@ -52,6 +57,8 @@ from agent.settings import ClusterSettings
 from agent.survey import described
 from agent.threads import blocking, unbroken
 from agent.upkeep import Upkeep, is_committed, ordered
+
+V = TypeVar("V")
 
 #: How long another run, or a client that has the image open, is given to leave, and how often we look (seconds).
 _LEAVES_SOON, _AGAIN = 5.0, 0.5
@@ -87,9 +94,10 @@ class Hold:
 class Import:
     """One `rbd import-diff -` and the diff that goes into it."""
 
-    def __init__(self, channel: SshChannel, spec: ImageSpec) -> None:
+    def __init__(self, channel: SshChannel, spec: ImageSpec, patience: float) -> None:
         self._channel = channel
         self._spec = spec
+        self._patience = patience
         self._encoder = Encoder()
         self._digest = hashlib.blake2b()
         self._out = bytearray()
@@ -119,32 +127,63 @@ class Import:
             await self._send(self._encoder.data_header(offset, length))
             await self._send(data)
 
-    async def finish(self, patience: float) -> None:
+    async def drain(self) -> None:
+        """Wait until all of it has left this side."""
+        while not await self._moving(self._channel.emptied(), self._channel.unsent):
+            pass
+
+    async def finish(self) -> None:
         """End the diff and see that the far end took it all, and took what was sent."""
         await self._send(self._encoder.end)
         self._channel.end()
+        await self.drain()
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(self._patience):
                 await self._ended.wait()
         except TimeoutError:
-            raise LinkError(f"rbd import-diff into {self._spec} does not end within {patience:.0f} s") from None
+            raise LinkError(f"rbd import-diff into {self._spec} does not end within {self._patience:.0f} s") from None
         status, digest = rbdtool.imported(bytes(self._out))
         if status != 0:
-            raise self._verdict()
+            raise self.verdict()
         if digest != self._digest.hexdigest():
             raise DataError(f"what reached rbd import-diff at the target is not what was sent to {self._spec}")
 
+    @property
+    def ended(self) -> bool:
+        """Whether the far end has ended, which is early before `finish`."""
+        return self._ended.is_set()
+
     async def _send(self, data: bytes | memoryview) -> None:
         if self._ended.is_set():
-            raise self._verdict()
+            raise self.verdict()
         if len(data) < _IN_THREAD:
             self._digest.update(data)
         else:
             await blocking(self._digest.update, data)
         self._channel.write(data)
-        await self._channel.drain()
+        while not await self._moving(self._channel.drain(), self._channel.unsent):
+            pass
 
-    def _verdict(self) -> SiphonError:
+    async def _moving(self, work: Coroutine[object, object, object], unsent: int) -> bool:
+        """Wait for `work`; False if it takes long and bytes leave, LinkError if none do."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await work
+        except TimeoutError:
+            if self._channel.unsent < unsent:
+                return False
+            raise LinkError(f"rbd import-diff into {self._spec} took nothing for {self._patience:.0f} s") from None
+        return True
+
+    async def gone(self) -> SiphonError:
+        """Return why the far end has ended, which is known to have."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._patience):
+                await self._ended.wait()
+        return self.verdict()
+
+    def verdict(self) -> SiphonError:
+        """Tell why the far end ended early."""
         status, _ = rbdtool.imported(bytes(self._out))
         if status is None:
             return self._channel.verdict(greeted=True)
@@ -154,9 +193,11 @@ class Import:
 class Stock:
     """The target through its own commands; one request at a time."""
 
-    def __init__(self, site: Site, settings: ClusterSettings, group: asyncio.TaskGroup) -> None:
+    def __init__(self, site: Site, data: Shell, settings: ClusterSettings, group: asyncio.TaskGroup) -> None:
         self.durable: Callable[[Checkpoint], None] = lambda _: None
         self._site = site
+        self._data = data
+        self._trace = b""
         self._settings = settings
         self._group = group
         self._importing = AsyncExitStack()
@@ -195,6 +236,8 @@ class Stock:
         if self._import is None:
             raise UsageError("data was sent outside a step")
         await self._import.put(offset, length, data)
+        if not self._trace:
+            self._trace = await self._locked(self._import)
         return 0
 
     async def _answer(self, request: m.Message) -> m.Message:
@@ -243,7 +286,7 @@ class Stock:
         seen = await blocking(described, image)
         if seen.lineage is None or seen.lineage.source != source:
             return seen
-        hold = await self._take(image)
+        hold = Hold(image, await self._lease(spec, rbdtool.lease_object(image.id())))
         try:
             await self._alone(image, seen.mark)  # looks anew: what was seen before it was ours may be another by now
             seen = await blocking(described, image)
@@ -252,8 +295,9 @@ class Stock:
             if stand is Standing.TOUCHED and not discard and not committing:
                 await hold.release()
                 return await judged(image, seen, stand)
-            owner = (await blocking(image.look)).locker if seen.mark else None
-            if owner is not None:  # it is dead, or nobody's: rbd would wait for it
+            await blocking(image.take_note)
+            owner = (await blocking(image.look)).locker
+            if owner is not None:  # it is dead, or it would have a watch: rbd would wait for it
                 await blocking(image.break_lock, owner)
             self._upkeep = Upkeep(hold, await ordered(hold, seen, stand))
         except BaseException:
@@ -262,27 +306,30 @@ class Stock:
         self._hold = hold
         return self._upkeep.replica
 
-    async def _take(self, image: RbdImage) -> Hold:
-        """Register our watch on the lease; LockedError if another run's is there."""
-        site, spec = self._site, image.spec
+    async def _lease(self, spec: ImageSpec, lease: str) -> AsyncExitStack:
+        """Register our watch on the object `lease`, until what is returned is closed; LockedError if another run's is there.
+
+        Its heartbeat goes where the commands go, and data over another connection: it must not queue behind them.
+        """
+        site = self._site
         silence = max(2.0, site.timeout / 2)
         stack = AsyncExitStack()
-        script = rbdtool.keeper(site.tool, spec, image.id(), silence)
+        script = rbdtool.shell(rbdtool.keeper(site.tool, spec, lease, silence))
         try:
-            channel = await stack.enter_async_context(site.shell.start(shlex.join(rbdtool.shell(script))))
+            channel = await stack.enter_async_context(site.shell.start(shlex.join(script)))
             await _watching(channel, spec, site.timeout)
             keeping = self._group.create_task(_keep(channel, spec, silence / 4))
             stack.callback(keeping.cancel)
-            await self._alone_at_lease(image)
+            await self._alone_at_lease(spec, lease)
         except BaseException:
             await unbroken(stack.aclose())
             raise
-        return Hold(image, stack)
+        return stack
 
-    async def _alone_at_lease(self, image: RbdImage) -> None:
+    async def _alone_at_lease(self, spec: ImageSpec, lease: str) -> None:
         """See that our watch on the lease is the only one; LockedError if another run's stays."""
-        spec, clock = image.spec, asyncio.get_running_loop().time
-        words = self._site.tool.rados("listwatchers", rbdtool.lease_object(image.id()), at=spec)
+        clock = asyncio.get_running_loop().time
+        words = self._site.tool.rados("listwatchers", lease, at=spec)
         until = clock() + random.uniform(0.5, 1) * _LEAVES_SOON  # noqa: S311  # two that meet do not leave together
         while len((await self._site.run(words, f"looking who works on {spec}")).splitlines()) != 1:
             if clock() > until:
@@ -331,23 +378,28 @@ class Stock:
         spec, site = request.image, self._site
         self._refuse_full(request.data_pool or spec.pool)
         prefix = creating_prefix(str(spec), request.lineage.source.image_id)
-        there = rbdtool.names(await site.run(site.tool.names(spec), f"listing the images of {spec.pool}"))
-        for leftover in (each for each in there if each.startswith(prefix)):
-            with suppress(LockedError, NotFoundError):  # a dead command's watch lasts half a minute
-                old = msgspec.structs.replace(spec, image=leftover)
-                await site.run(site.tool.rbd("rm", "--no-progress", at=old), f"removing {old}", slow=True)
-        temporary = msgspec.structs.replace(spec, image=prefix + secrets.token_hex(4))
         features, left_out = copied_features(request.shape.features)
-        words = site.tool.create(temporary, request.shape, feature_names(features), request.data_pool)
-        await site.run(words, f"creating {spec}", slow=True)
-        image = await site.found(temporary)
-        assert image is not None
-        for key, value in request.metadata.items():
-            if not key.startswith(METADATA_PREFIX):
-                await blocking(image.set_metadata, key, value)
-        await blocking(image.set_metadata, LINEAGE_KEY, encode(request.lineage))
-        rename = site.tool.rbd("rename", *site.tool.destination(spec), at=temporary)
-        await site.run(rename, f"giving {spec} its name", slow=True)
+        # One at a time makes this image: the lease is on its name, since there is no id yet.
+        async with await self._lease(spec, f"rbd_siphon.{prefix}lease"):
+            there = rbdtool.names(await site.run(site.tool.names(spec), f"listing the images of {spec.pool}"))
+            for leftover in (each for each in there if each.startswith(prefix)):
+                with suppress(LockedError, NotFoundError):  # a dead command's watch lasts half a minute
+                    old = msgspec.structs.replace(spec, image=leftover)
+                    await site.run(site.tool.rbd("rm", "--no-progress", at=old), f"removing {old}", slow=True)
+            if spec.image in there:
+                raise ConflictError(f"{spec} was made by somebody else just now", hint="run the same command again")
+            temporary = msgspec.structs.replace(spec, image=prefix + secrets.token_hex(4))
+            words = site.tool.create(temporary, request.shape, feature_names(features), request.data_pool)
+            await site.run(words, f"creating {spec}")
+            image = await site.found(temporary)
+            assert image is not None
+            await blocking(image.take_note)
+            for key, value in request.metadata.items():
+                if not key.startswith(METADATA_PREFIX):
+                    await blocking(image.set_metadata, key, value)
+            await blocking(image.set_metadata, LINEAGE_KEY, encode(request.lineage))
+            rename = site.tool.rbd("rename", *site.tool.destination(spec), at=temporary)
+            await site.run(rename, f"giving {spec} its name")
         replica = await self._open(spec, request.lineage.source, discard=False)
         if replica is None or self._upkeep is None:
             raise ConflictError(f"{spec} was taken away while it was being created", hint="run the same command again")
@@ -362,24 +414,56 @@ class Stock:
         base = next(
             (each.name for each in upkeep.replica.snapshots if step.base and each.origin and each.origin.snapshot == step.base), ""
         )
-        words = self._site.tool.rbd("import-diff", "--no-progress", "--path=-", at=image.spec)
-        script = rbdtool.shell(rbdtool.importing(words, image.proof()))
-        channel = await self._importing.enter_async_context(self._site.shell.start(shlex.join(script)))
-        self._import = Import(channel, image.spec)
+        channel = await self._importing.enter_async_context(self._data.start(shlex.join(image.importing())))
+        self._import, self._trace = Import(channel, image.spec, self._site.timeout), b""
         self._group.create_task(self._import.read_all())
         await self._import.begin(base, step.end.size)
         # Who writes is put down before it gets anything to write: what is left of it can be fenced.
-        await upkeep.write_mark(msgspec.structs.replace(mark, holder=await self._opened(image)))
+        holder = await self._opened(image, self._import)
+        await upkeep.write_mark(msgspec.structs.replace(mark, holder=holder))
         return Checkpoint()
 
-    async def _opened(self, image: RbdImage) -> str:
+    async def _opened(self, image: RbdImage, importing: Import) -> str:
         """Return the address of our import, once it has the image open; LockedError if another client has, too."""
-        async with asyncio.timeout(self._site.timeout):
-            while not (there := (await blocking(image.look)).watchers):  # noqa: ASYNC110  # Ceph tells nobody
-                await asyncio.sleep(_AGAIN / 5)
+        there = await self._until(importing, lambda: blocking(image.watchers), f"{image.spec} to be opened")
         if len(there) > 1:
             raise LockedError(f"{image.spec} was opened by another client just now: {', '.join(there)}")
         return there[0]
+
+    async def _locked(self, importing: Import) -> bytes:
+        """Return when the image was last opened for writing, once the lock is our import's: from then on nobody else may."""
+        assert self._hold is not None
+        image, mark = self._hold.image, self._held.mark
+        assert mark is not None
+        locker = await self._until(importing, lambda: blocking(image.locker), f"the lock of {image.spec}")
+        if locker.address != mark.holder:
+            raise LockedError(f"the lock of {image.spec} is another client's, {locker.address}")
+        return await self._undisturbed(image, b"")
+
+    async def _undisturbed(self, image: RbdImage, before: bytes) -> bytes:
+        """Return when the image was last opened for writing; LockedError unless it was our import, and it is still alone."""
+        assert self._upkeep is not None and self._upkeep.mark is not None  # noqa: PT018  # both are one state
+        trace, there = await blocking(image.disturbed)
+        if not there and self._import is not None:
+            raise await self._import.gone()
+        if (before and trace != before) or there != (self._upkeep.mark.holder,):
+            raise LockedError(
+                f"{image.spec} was opened by another client while it was being written: {', '.join(there)}",
+                hint="stop that client, then run the same command again: it rolls back and starts over",
+            )
+        return trace
+
+    async def _until(self, importing: Import, look: Callable[[], Awaitable[V | None]], what: str) -> V:
+        """Look until there is something to be seen; raises why the import ended, LinkError if it takes too long."""
+        try:
+            async with asyncio.timeout(self._site.timeout):
+                while not (found := await look()):
+                    if importing.ended:
+                        raise importing.verdict()
+                    await asyncio.sleep(_AGAIN / 5)  # Ceph tells nobody
+        except TimeoutError:
+            raise LinkError(f"rbd import-diff waits longer than {self._site.timeout:.0f} s for {what}") from None
+        return found
 
     async def _commit(self, source: Origin) -> Replica:
         upkeep, importing = self._held, self._import
@@ -387,11 +471,13 @@ class Stock:
         if importing is None or upkeep.mark is None or source.snapshot != upkeep.mark.step.end:
             raise UsageError("a commit was asked for outside its step")
         image = self._hold.image
-        await importing.finish(self._site.timeout)
+        await importing.drain()
+        if self._trace:
+            await self._undisturbed(image, self._trace)
+        await importing.finish()
         await self._importing.aclose()
         self._sent, self._import = self.sent, None
-        if not await blocking(image.untouched):
-            raise LockedError(f"{image.spec} was taken by another client just now")
+        # Compares with the import's own note before it takes the snapshot.
         await blocking(image.take_snapshot, upkeep.mark.snapshot)
         made = next(each for each in await blocking(image.snapshots) if each.name == upkeep.mark.snapshot)
         if made.size != source.snapshot.size:  # rbd import-diff goes on where its resize fails
@@ -449,8 +535,8 @@ def dial_stock(connect: Callable[[], AbstractAsyncContextManager[Shell]], settin
     async def dial(warn: Callable[[str], None]) -> AsyncIterator[Far]:
         warn(WARNING)
         with ungrouped():
-            async with connect() as shell, asyncio.TaskGroup() as group:
-                stock = Stock(Site(shell, Tool(settings.words()), timeout), settings, group)
+            async with connect() as commands, connect() as data, asyncio.TaskGroup() as group:
+                stock = Stock(Site(commands, Tool(settings.words()), timeout), data, settings, group)
                 try:
                     yield stock
                 finally:

@@ -19,6 +19,8 @@ from agent.threads import blocking
 
 #: Bytes compared at a time.
 _PIECE = 4 << 20
+#: How often a footing is read anew while hands change.
+_LOOKS = 20
 _HEADS: dict[Standing, Literal["resumable", "unsure", "touched"]] = {
     Standing.RESUMABLE: "resumable",
     Standing.UNSURE: "unsure",
@@ -65,12 +67,21 @@ class Footing(Value, frozen=True):
 
 def footing(pool: Pool, spec: ImageSpec, image_id: str) -> Footing:
     """Read who owns the image's lock, its guard and its header's version (blocks)."""
-    # The version first: whoever comes between makes it differ from the guard's.
-    version = pool.header_version(image_id)
-    # Open for reading only: looking must leave no watch that another worker would have to wonder about.
-    with pool.open(spec.image) as image:
-        owner, watchers = image.lock_owner(), image.watchers()
-    return Footing(owner, watchers, read_guard(pool, image_id)[0], version)
+    before = _hands(pool, image_id)
+    for _ in range(_LOOKS):
+        # Open for reading only: looking must leave no watch that another worker would have to wonder about.
+        with pool.open(spec.image) as image:
+            owner, watchers = image.lock_owner(), image.watchers()
+        after = _hands(pool, image_id)
+        if after == before:
+            break
+        before = after  # hands changed while we looked: what was read belongs to two moments
+    (guard, _), version = after
+    return Footing(owner, watchers, guard, version)
+
+
+def _hands(pool: Pool, image_id: str) -> tuple[tuple[Guard | None, int], int]:
+    return read_guard(pool, image_id), pool.header_version(image_id)
 
 
 def read_guard(pool: Pool, image_id: str) -> tuple[Guard | None, int]:

@@ -53,6 +53,7 @@ osd pool default pg num = 8
 osd pool default pgp num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
+osd class dir = {classes}
 osd objectstore = bluestore
 osd memory target = 1073741824
 bluestore block size = {block}
@@ -63,6 +64,11 @@ bluestore block db size = 0
 log file =
 admin socket =
 """
+
+
+def _classes() -> Path:
+    """Return where the OSD's classes lie: Debian 13's packages name that folder without its leading slash."""
+    return next(Path("/usr/lib").glob("*/rados-classes"), Path("/usr/lib/rados-classes"))
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,7 @@ class Cluster:
     def _configure(self, fsid: str, port: int) -> None:
         self.conf.write_text(
             CONF.format(
+                classes=_classes(),
                 fsid=fsid,
                 ip=ports.LOOPBACK,
                 port=port,

@@ -159,3 +159,22 @@ def test_a_living_worker_of_another_run_keeps_its_lock(pair: Pair) -> None:
             assert footing(pool, pool.spec(name), image_id(pool, name)).standing is Standing.RESUMABLE
 
     asyncio.run(go())
+
+
+def test_whoever_looks_while_a_worker_leaves_never_takes_it_for_a_stranger(pair: Pair) -> None:
+    async def go() -> None:
+        name = await unfinished(pair)
+        async with worker(pair) as (pool, first), worker(pair, "another") as (other, _):
+            spec, identity = pool.spec(name), image_id(pool, name)
+            for _ in range(12):
+                held = await taken(pool, name, first)
+                assert held is not None
+                leaving = asyncio.create_task(held.release(unfinished=True))
+                while not leaving.done():
+                    seen = await asyncio.to_thread(footing, other, spec, identity)
+                    assert seen.standing is not Standing.TOUCHED
+                await leaving
+                found = await settled_footing(other, spec, identity, unfinished=True)
+                assert found.standing is Standing.RESUMABLE
+
+    asyncio.run(go())

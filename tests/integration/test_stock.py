@@ -103,7 +103,7 @@ def test_a_namespace_striping_and_other_objects_arrive(pair: Pair) -> None:
         assert (image.stripe_unit(), image.stripe_count(), image.stat()["order"]) == (64 << 10, 4, 18)
 
 
-@pytest.mark.parametrize("after", [1, 6000, 3 * MIB, 23 * MIB])
+@pytest.mark.parametrize("after", [6000, 23 * MIB])
 def test_a_link_cut_anywhere_costs_one_more_attempt(pair: Pair, after: int) -> None:
     name = big(pair, "stock-cut")
 
@@ -165,6 +165,101 @@ def test_a_stranger_that_wrote_after_an_interruption_is_not_rolled_back_unasked(
     pair.same(name)
 
 
+def test_a_stranger_that_comes_and_goes_while_data_flow_is_noticed(pair: Pair) -> None:
+    name = big(pair, "stock-guest")
+
+    async def go() -> None:
+        async with pair.relay(rate=SLOW / 2) as (_, config):
+            task = asyncio.create_task(pair.sync(name, config=config, stock=True))
+            while not imports():  # noqa: ASYNC110  # other processes are no event of this loop
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(3)
+            await asyncio.to_thread(pair.target.write, name, 23 * MIB, b"by a guest")
+            with pytest.raises(LockedError, match="opened by another client while it was being written"):
+                await task
+
+    asyncio.run(go())
+    assert pair.target.snapshots(name) == []
+
+
+def test_a_stranger_between_two_of_our_commands_is_noticed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = pair.new("stock-between")
+    sync(pair, name)
+    fill(pair.source, name, 8)
+    original = RbdImage.set_metadata
+
+    def late(self: RbdImage, key: str, value: str) -> None:
+        monkeypatch.undo()
+        pair.target.write(name, 0, b"by a guest")
+        original(self, key, value)
+
+    monkeypatch.setattr(RbdImage, "set_metadata", late)
+    with pytest.raises(LockedError, match="took the image's lock"):
+        sync(pair, name)
+    assert len(pair.target.snapshots(name)) == 1
+    with pytest.raises(ConflictError):
+        sync(pair, name)
+
+
+def test_a_host_that_died_in_a_rollback_is_no_stranger(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = big(pair, "stock-died")
+    sync(pair, name)
+    with pair.source.image(name) as image:
+        image.write(random.Random(2).randbytes(16 * MIB), 8 * MIB)
+    asyncio.run(interrupted(pair, name, 9 * MIB))
+    original = rbdtool.changing
+
+    def dying(tool: rbdtool.Tool, at: Any, trace: str, lease: str, command: list[str]) -> list[str]:
+        if "rollback" in command:
+            monkeypatch.undo()
+            # What is left is the note that says a command is at work.
+            command = ["sh", "-c", "kill -9 $PPID"]
+        return original(tool, at, trace, lease, command)
+
+    monkeypatch.setattr(rbdtool, "changing", dying)
+    with pytest.raises(LinkError):
+        sync(pair, name, attempts=1)
+    assert sync(pair, name).result.state == "committed"
+    pair.same(name)
+
+
+def test_a_slow_link_keeps_its_lease(pair: Pair) -> None:
+    name = pair.new("stock-slow", fill_with=None)
+    pair.source.write(name, 0, random.Random(1).randbytes(4 * MIB))
+
+    async def go() -> Run:
+        async with pair.relay(rate=400e3) as (_, config):
+            return await pair.sync(name, config=config, stock=True, timeout=6.0, attempts=1)
+
+    assert asyncio.run(go()).result.state == "committed"
+    pair.same(name)
+
+
+def test_an_import_that_takes_nothing_is_given_up(pair: Pair) -> None:
+    name = big(pair, "stock-stuck")
+
+    async def go() -> None:
+        async with pair.relay(rate=SLOW) as (_, config):
+            task = asyncio.create_task(pair.sync(name, config=config, stock=True, timeout=4.0, attempts=1))
+            while not imports():  # noqa: ASYNC110  # other processes are no event of this loop
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(1.5)
+            stuck = [pid for pid in imports() if is_rbd(pid)]
+            for pid in stuck:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(15):
+                    with pytest.raises(LinkError):
+                        await task
+            finally:
+                for pid in stuck:
+                    os.kill(pid, signal.SIGCONT)
+
+    asyncio.run(go())
+    assert sync(pair, name).result.state == "committed"
+    pair.same(name)
+
+
 def test_touched_foreign_and_baseless_replicas_are_refused(pair: Pair) -> None:
     name = pair.new("stock-conflict")
     end = sync(pair, name).end
@@ -217,9 +312,9 @@ def test_what_did_not_arrive_as_it_was_sent_gets_no_snapshot(pair: Pair, monkeyp
     fill(pair.source, name, 4)
     original = rbdtool.importing
 
-    def spoiled(command: list[str], proof: str) -> str:
-        # The first byte of data that is 0xee becomes another; lengths stay.
-        return original(command, proof).replace("{ tee", r"{ LC_ALL=C tr '\356' '\357' | tee", 1)
+    def spoiled(*words: Any) -> list[str]:
+        shell, option, script = original(*words)
+        return [shell, option, script.replace("| b2sum", "| { cat; echo more; } | b2sum")]
 
     monkeypatch.setattr(rbdtool, "importing", spoiled)
     with pytest.raises(DataError, match="not what was sent"):
@@ -230,8 +325,10 @@ def test_what_did_not_arrive_as_it_was_sent_gets_no_snapshot(pair: Pair, monkeyp
     pair.same(name)
 
 
-@pytest.mark.parametrize("at", ["take_snapshot", "set_metadata", "rename_snapshot", "remove_metadata"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("at", "when"),
+    [("take_snapshot", "before"), ("take_snapshot", "after"), ("set_metadata", "after"), ("rename_snapshot", "after")],
+)
 def test_a_commit_broken_off_anywhere_is_finished(pair: Pair, monkeypatch: pytest.MonkeyPatch, at: str, when: str) -> None:
     name = pair.new("stock-commit")
     sync(pair, name)
@@ -258,10 +355,10 @@ def test_a_commit_broken_off_anywhere_is_finished(pair: Pair, monkeypatch: pytes
 
 def test_a_worker_and_the_stock_tools_take_turns_on_one_replica(pair: Pair) -> None:
     name = pair.new("stock-turns")
-    for turn in range(4):
+    for turn in range(3):
         fill(pair.source, name, turn + 10, spans=2)
-        pair.sync_now(name, stock=turn % 2 == 0, keep=9)
-    assert len(pair.same(name)) == 4
+        pair.sync_now(name, stock=turn % 2 == 1, keep=9)
+    assert len(pair.same(name)) == 3
 
 
 def test_a_dry_run_writes_nothing(pair: Pair) -> None:
@@ -277,13 +374,12 @@ def test_a_dry_run_writes_nothing(pair: Pair) -> None:
     assert before == (pair.target.metadata(name), pair.target.snapshots(name), pair.source.snapshots(name))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_random_histories_with_random_cuts_end_true(pair: Pair, seed: int) -> None:
-    chance = random.Random(seed)
+def test_a_random_history_with_random_cuts_ends_true(pair: Pair) -> None:
+    chance = random.Random(1)
     name = pair.new("stock-history")
 
     async def go() -> None:
-        for turn in range(4):
+        for turn in range(2):
             fill(pair.source, name, chance.randrange(1 << 30), spans=4)
             with pair.source.image(name) as image:
                 image.discard(chance.randrange(16) * MIB, 2 * MIB)
