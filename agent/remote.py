@@ -106,8 +106,7 @@ class SshChannel:
         if self._status == 127 or "not found" in last:
             return SiteError(
                 f"there is no rbd-siphon at the target: {last or 'command not found'}",
-                hint="install it there (pip install rbd-siphon, see the README), name its path with --worker-command, "
-                "or do without: --worker rbd",
+                hint="install it there (see the README), name its path with --worker-command, or do without: --worker rbd",
             )
         return SiteError(
             f"the worker at the target ended at once, with status {self._status}: {last or 'it said nothing'}",

@@ -39,7 +39,8 @@ def test_the_recipes_of_the_readme_do_what_they_say(pair: Pair, tmp_path: Path) 
             ["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-    assert pair.same(name) == ["mon", "tue", "wed"]
+    assert pair.same(name, f"{name}-copy") == ["mon", "tue", "wed"]
+    pair.target.remove(f"{name}-copy")
     with pair.source.image(name, "wed") as image:
         for raw in ("disk.raw", f"{name}.raw"):
             assert (tmp_path / raw).read_bytes() == image.read(0, image.size())
