@@ -92,7 +92,7 @@ async def restore_image(
         raise ConflictError(f"{spec} exists already", hint="name another image; nothing is restored over one that exists")
     shape = Shape(points[0].size, layout.order or 22, 0)
     async with new_image(pool, spec, shape, layout) as image:
-        writes = Writes(image)
+        writes = Writes(image, blank=True)
         try:
             if all_points:
                 for each, name in zip(points, snapshot_names(points), strict=True):

@@ -292,6 +292,16 @@ class Pool:
             raise
         return True
 
+    def write_object(self, name: str, data: bytes) -> None:
+        """Write a small RADOS object whole, whatever it held."""
+        with _explained(f"writing {name}"):
+            self._ioctx.write_full(name, data)
+
+    def remove_object(self, name: str) -> None:
+        """Remove a RADOS object, if it is there."""
+        with contextlib.suppress(NotFoundError), _explained(f"removing {name}"):
+            self._ioctx.remove_object(name)
+
     def header_version(self, image_id: str) -> int:
         """Return the RADOS version of an image's header: another one after every lock, snapshot or setting."""
         with _explained(f"looking at the header of image {image_id}"):

@@ -1,10 +1,10 @@
 """A diff or an export into an image: proven to fit before the first byte, and resumed after an interruption.
 
 `rbd import-diff` checks names. Here the start point must be the newest snapshot and the present
-content equal to it, by comparison, or a part of this very diff. How far a diff has come stands in
-the image's metadata (`siphon.diff`): the bytes of the stream that are durable, and a digest of all that
-may have been written, so that only the same stream goes on where it stopped. That nobody else wrote meanwhile is proven as
-for a replica (agent/continuity.py).
+content equal to it, by comparison, or a part of this very diff. How far a diff has come is recorded
+(agent/diffmark.py): the bytes of the stream that are durable, and a digest of all that may have been
+written, so that only the same stream goes on where it stopped. That nobody else wrote meanwhile is
+proven as for a replica (agent/continuity.py).
 """
 
 from __future__ import annotations
@@ -22,34 +22,19 @@ from agent.cluster import EXCLUSIVE_LOCK, Cluster, Image, Pool
 from agent.continuity import Standing
 from agent.diff import Event
 from agent.difffile import DiffFile
+from agent.diffmark import DiffMark, begin_mark, found_mark, move_mark, remove_mark
 from agent.errors import ConflictError, DataError, LinkError, NotFoundError, UsageError
 from agent.holding import Holding, settled_footing, take
 from agent.manifest import Manifest
 from agent.merge import Header
-from agent.model import Hand, ImageIdentity, ImageSpec, Origin, Snapshot, Value, decode, encode
-from agent.names import DIFF_KEY, LINEAGE_KEY, origin_key
+from agent.model import Hand, ImageIdentity, ImageSpec, Origin, Snapshot, decode, encode
+from agent.names import LINEAGE_KEY, origin_key
 from agent.survey import differs
 from agent.threads import blocking
 from agent.writes import Imported, Writes, resize, write_all
 
 #: How much of a stream is announced at a time before it is written, bytes; it is held in memory.
 _WINDOW = 32 << 20
-
-
-class DiffMark(Value, frozen=True):
-    """A diff that an image is in the middle of.
-
-    `durable` bytes of the stream are on the disks. Nothing behind byte `begun` has been written at
-    all, and `digest` is the xxh3-128 of the stream up to there: it is recorded before the first of
-    those writes, so a stream with that digest is the one whose data may be in the image, and no
-    other is. `whole` turns true when all of it is durable and only the end snapshot is missing.
-    """
-
-    header: Header
-    durable: int = 0
-    begun: int = 0
-    digest: str = ""
-    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +57,8 @@ class DiffImport:
         self._manifest = manifest
         self._options = options
         self._say = say
+        self._ahead: asyncio.Task[_Window] | None = None
+        self._ready = asyncio.Event()
 
     async def run(self, diff: DiffFile) -> Imported:
         """Apply `diff` and take its end snapshot; ConflictError if it does not fit."""
@@ -91,6 +78,16 @@ class DiffImport:
         if done := self._already(found, header):
             return done
         self._fits(found, header)
+        if found.mark is None:
+            # Read while the lock is taken and the content compared.
+            self._ahead = asyncio.create_task(_window(diff, self._ready))
+        try:
+            return await self._taken(diff, found)
+        finally:
+            if self._ahead is not None:
+                self._ahead.cancel()
+
+    async def _taken(self, diff: DiffFile, found: _Found) -> Imported:
         if not found.lockable:
             self._say(f"{self._spec} has no exclusive lock: see that nobody else writes it meanwhile")
             return await self._unlocked(diff, found)
@@ -198,17 +195,18 @@ class DiffImport:
         header, mark = diff.header, found.mark
         held: list[Event] = []
         resumed: int | None = None
+        blank = False
         if resumable and mark is not None and mark.header == header:
             held = await self._same_stream(diff, mark)
             resumed = mark.durable
         else:
             await self._equals_base(image, found, header)
-            mark = DiffMark(header)
-            await blocking(image.set_metadata, DIFF_KEY, encode(mark))
+            blank = not header.base
+            mark = await blocking(begin_mark, image, header)
         if trust is not None:
             await trust()
         await blocking(resize, image, header.size)
-        writes = Writes(image)
+        writes = Writes(image, blank=blank)
         try:
             await write_all(writes, held, header.size)
             await self._stream(diff, image, writes, mark)
@@ -216,8 +214,7 @@ class DiffImport:
             await writes.settle()
         finally:
             await writes.abandon()
-        done = DiffMark(header, diff.position, diff.position, diff.digest, whole=True)
-        await blocking(image.set_metadata, DIFF_KEY, encode(done))
+        await blocking(move_mark, self._pool, image, mark, diff.position, diff.position, diff.digest, whole=True)
         if header.end:
             await blocking(image.take_snapshot, header.end)
         await blocking(self._settle, image, header)
@@ -244,7 +241,7 @@ class DiffImport:
             if self._manifest is not None and self._manifest.end is not None:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 image.set_metadata(origin_key(made.id), encode(Origin(self._manifest.source, self._manifest.end.snapshot, now)))
-        image.remove_metadata(DIFF_KEY)
+        remove_mark(self._pool, image)
 
     async def _same_stream(self, diff: DiffFile, mark: DiffMark) -> list[Event]:
         """Read as far as an earlier run may have written, and see that it is the same stream; return what is not durable of it."""
@@ -276,22 +273,35 @@ class DiffImport:
         )
 
     async def _stream(self, diff: DiffFile, image: Image, writes: Writes, mark: DiffMark) -> None:
-        durable = mark.durable
+        """Write what is left of the stream, each window once it is announced.
+
+        While one is written the next is read and announced: who fills the pipe need not wait for the
+        disks, nor the disks for an announcement that stands behind the writes in their queue.
+        """
         landings: deque[tuple[int, asyncio.Task[None]]] = deque()
-        # While a window is written the next one is read: who fills the pipe need not wait for the disks.
-        reading = asyncio.create_task(_window(diff))
+        durable = mark.durable
+
+        async def announced(reading: Awaitable[_Window]) -> _Window:
+            nonlocal durable
+            window = await reading
+            while landings and landings[0][1].done():
+                durable, landing = landings.popleft()
+                landing.result()
+            if window.events:
+                await blocking(move_mark, self._pool, image, mark, durable, window.end, window.digest)
+            return window
+
+        self._ready.set()
+        coming = asyncio.create_task(announced(self._ahead or _window(diff)))
         try:
-            while (window := await reading).events:
-                reading = asyncio.create_task(_window(diff))
-                while landings and landings[0][1].done():
-                    durable, landing = landings.popleft()
-                    landing.result()
-                now = DiffMark(mark.header, durable, window.end, window.digest)
-                await blocking(image.set_metadata, DIFF_KEY, encode(now))
+            while (window := await coming).events:
+                coming = asyncio.create_task(announced(_window(diff)))
                 await write_all(writes, window.events, mark.header.size)
                 landings.append((window.end, writes.landing()))
         finally:
-            reading.cancel()
+            # An announcement under way must not outlive the image.
+            coming.cancel()
+            await asyncio.wait([coming])
 
     def _me(self) -> Hand:
         return Hand(
@@ -312,9 +322,10 @@ class _Window:
     digest: str
 
 
-async def _window(diff: DiffFile) -> _Window:
+async def _window(diff: DiffFile, enough: asyncio.Event | None = None) -> _Window:
+    """Read a window, a smaller one if what there is has been `enough` meanwhile."""
     start, events = diff.position, list[Event]()
-    while diff.position - start < _WINDOW and (more := await blocking(diff.batch)):
+    while diff.position - start < _WINDOW and not (events and enough and enough.is_set()) and (more := await blocking(diff.batch)):
         events += more
     return _Window(events, diff.position, diff.digest)
 
@@ -361,14 +372,13 @@ def _look(pool: Pool, spec: ImageSpec) -> _Found:
         origins = {
             each.id: decode(metadata[key], Origin, where) for each in snapshots.values() if (key := origin_key(each.id)) in metadata
         }
-        mark = metadata.get(DIFF_KEY)
         return _Found(
             spec=spec,
             image_id=image.id(),
             size=image.size(),
             snapshots=snapshots,
             origins=origins,
-            mark=decode(mark, DiffMark, where) if mark else None,
+            mark=found_mark(pool, image.id(), metadata, where),
             replica=LINEAGE_KEY in metadata,
             lockable=bool(image.shape().features & EXCLUSIVE_LOCK),
         )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 
-#: mallopt(3): from which size on a block is mapped by itself, how much is kept when freed, how much is taken at a time.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+#: mallopt(3): from which size on a block is mapped by itself, how much is kept when freed, how much is taken at a time,
+#: and how many heaps there are: with one for each thread, each keeps what it freed for itself.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD, _ARENA_MAX = -3, -1, -2, -8
 _LARGEST, _KEPT, _STEP = 32 << 20, 128 << 20, 16 << 20
 
 
@@ -18,5 +19,5 @@ def keep_freed() -> None:
     """Tell the C library, if it is one that can be told."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option, size in ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _STEP)):
+        for option, size in ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _STEP), (_ARENA_MAX, 1)):
             mallopt(option, size)

@@ -63,3 +63,8 @@ def origin_key(snapshot_id: int) -> str:
 def guard_object(image_id: str) -> str:
     """Return the RADOS object that holds the guard of the image of that id."""
     return f"rbd_siphon.{image_id}"
+
+
+def diff_object(image_id: str) -> str:
+    """Return the RADOS object that says how far a diff has come into the image of that id."""
+    return f"rbd_siphon.{image_id}.diff"

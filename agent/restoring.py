@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from agent.cluster import COPIED_FEATURES, Image, Pool
+from agent.cluster import COPIED_FEATURES, Image, Pool, copied_features
 from agent.diff import Banner, Data, End, Event, FormatError, Protected, Size, ToSnapshot, Zero
 from agent.errors import ConflictError, DataError, SiphonError, UsageError
 from agent.files import CHUNK, Reading
@@ -23,7 +23,6 @@ from agent.model import ImageSpec, Shape
 from agent.names import METADATA_PREFIX
 from agent.threads import blocking
 from agent.writes import Imported, Writes, resize
-from agent.zeros import runs
 
 _IMPORTING = "siphon-importing-"
 
@@ -36,8 +35,13 @@ class Layout:
     data_pool: str = ""
 
 
-async def import_image(pool: Pool, spec: ImageSpec, source: Reading, form: int, layout: Layout) -> Imported:
-    """Make the image `spec` from an export; `form` is the format the user named, 0 for what the file is."""
+async def import_image(
+    pool: Pool, spec: ImageSpec, source: Reading, form: int, layout: Layout, say: Callable[[str], None]
+) -> Imported:
+    """Make the image `spec` from an export; `form` is the format the user named, 0 for what the file is.
+
+    `say` gets a line about what of the file the image does not get.
+    """
     if await blocking(pool.image_id, spec.image) is not None:
         raise ConflictError(f"{spec} exists already", hint="name another image; nothing is imported over one that exists")
     first = await blocking(source.read, CHUNK)
@@ -56,22 +60,20 @@ async def import_image(pool: Pool, spec: ImageSpec, source: Reading, form: int, 
         raise UsageError(f"{source.name} is an image of format 2, as its banner says", hint="--export-format 2, or leave it out")
     if reader.kind != "image":
         return await _raw(pool, spec, source, first, layout)
-    return await _format_2(pool, spec, source, reader, events, layout)
+    return await _format_2(pool, spec, source, reader, events, layout, say)
 
 
 async def _raw(pool: Pool, spec: ImageSpec, source: Reading, first: bytes, layout: Layout) -> Imported:
     size = source.size if source.regular else len(first)
     async with new_image(pool, spec, Shape(size, layout.order or 22, 0), layout) as image:
-        writes, at, data = Writes(image), 0, first
+        writes, at, data = Writes(image, blank=True), 0, first
         try:
             while data:
                 if at + len(data) > size:
                     # A pipe tells its length at its end: grow ahead, in steps that cost little.
                     size = max(at + len(data), size * 2 if size > CHUNK else 64 * CHUNK)
                     await blocking(image.resize, size)
-                for begin, end, holds in runs(at, data):
-                    if holds:
-                        await writes.data(at + begin, data[begin:end])
+                await writes.data(at, data)
                 at += len(data)
                 data = await blocking(source.read, CHUNK)
             await writes.settle()
@@ -83,12 +85,21 @@ async def _raw(pool: Pool, spec: ImageSpec, source: Reading, first: bytes, layou
 
 
 async def _format_2(
-    pool: Pool, spec: ImageSpec, source: Reading, reader: ImageReader, events: list[Event | ImageHeader], layout: Layout
+    pool: Pool,
+    spec: ImageSpec,
+    source: Reading,
+    reader: ImageReader,
+    events: list[Event | ImageHeader],
+    layout: Layout,
+    say: Callable[[str], None],
 ) -> Imported:
     header = next((each for each in events if isinstance(each, ImageHeader)), None)
     if header is None:
         reader.end()
         raise DataError(f"the header of {source.name} is longer than {CHUNK} bytes")
+    _, left_out = copied_features(header.features)
+    if left_out:
+        say(f"{spec} does not get these features of the image that was exported: {', '.join(left_out)}")
     striping = header.stripe_count if header.stripe_count > 1 else 0
     shape = Shape(
         size=0,
@@ -101,7 +112,7 @@ async def _format_2(
         for key, value in header.metadata.items():
             if not key.startswith(METADATA_PREFIX):  # what the agent knew of another image is false of this one
                 await blocking(image.set_metadata, key, value)
-        writes = Writes(image)
+        writes = Writes(image, blank=True)
         target = _Snapshots(image, writes)
         total = 0
         try:
@@ -143,7 +154,7 @@ class _Snapshots:
                     await self._writes.settle()
                     await blocking(resize, self._image, size)
                 case Data(offset, data):
-                    await self._writes.data(offset, bytes(data))
+                    await self._writes.data(offset, data)
                 case Zero(offset, length):
                     await self._writes.zeros(offset, length)
                 case End() if self._end:

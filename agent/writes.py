@@ -27,26 +27,42 @@ class Imported:
 
 
 class Writes:
-    """Writes in flight on an image, bounded; `settle` waits for all of them."""
+    """Writes in flight on an image, bounded; `settle` waits for all of them.
 
-    def __init__(self, image: Image) -> None:
+    `blank` says that the image holds nothing: zeros behind all that was written since need no operation.
+    """
+
+    def __init__(self, image: Image, *, blank: bool = False) -> None:
         self.written = 0
         self._image = image
+        self._blank = blank
+        self._top = 0  # where what was written ends
         self._budget = Budget(_FLIGHT)
         self._tasks: set[asyncio.Task[None]] = set()
         self._landings: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
 
-    async def data(self, offset: int, data: bytes) -> None:
-        """Start writing `data`."""
+    async def data(self, offset: int, data: bytes | memoryview) -> None:
+        """Start writing `data`, its zeros as holes."""
+        whole = as_bytes(data)
+        for begin, end, holds in runs(offset, whole):
+            if holds:
+                await self._put(offset + begin, whole[begin:end])
+            else:
+                await self.zeros(offset + begin, end - begin)
+
+    async def _put(self, offset: int, data: bytes) -> None:
         self._check()
         await self._budget.take(len(data))
+        self._top = max(self._top, offset + len(data))
         self._start(self._write(offset, data))
         self.written += len(data)
 
     async def zeros(self, offset: int, length: int) -> None:
         """Start making an extent zero."""
         self._check()
+        if self._blank and offset >= self._top:
+            return
         # Zeros weigh nothing, but each is an operation.
         await self._budget.take(64 << 10)
         self._start(self._zero(offset, length))
@@ -113,12 +129,7 @@ async def write_all(writes: Writes, events: list[Event], size: int) -> None:
             case Data(offset, data):
                 if offset + len(data) > size:
                     raise UsageError(f"the diff writes at {offset}, behind the image's end at {size}")
-                whole = as_bytes(data)
-                for begin, end, holds in runs(offset, whole):
-                    if holds:
-                        await writes.data(offset + begin, whole[begin:end])
-                    else:
-                        await writes.zeros(offset + begin, end - begin)
+                await writes.data(offset, data)
             case Zero(offset, length):
                 if offset < size:
                     await writes.zeros(offset, min(length, size - offset))

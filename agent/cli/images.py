@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.options import Conf, Force, Id, Keyring, Name, Timeout
-from agent.cli.outcome import carry_out
+from agent.cli.outcome import carry_out, say
 from agent.cli.running import run
 from agent.errors import DataError, UsageError
 from agent.settings import ClusterSettings
@@ -67,7 +67,7 @@ def import_(
             connected = await blocking(Cluster, ClusterSettings(conf, cluster, user, keyring).completed(os.environ), timeout)
             try:
                 pool = await blocking(connected.pool, spec.image.pool, spec.image.namespace)
-                await import_image(pool, spec.image, source, form, layout)
+                await import_image(pool, spec.image, source, form, layout, say)
             finally:
                 await blocking(connected.close)
 
