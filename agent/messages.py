@@ -24,8 +24,26 @@ class Hello(Message, frozen=True):
     timeout: float
 
 
+class Join(Message, frozen=True):
+    """A lane's only request: its input belongs to the worker that told its controller of this door. Answered by `Done`."""
+
+    door: str
+    secret: str
+
+
+class Ping(Message, frozen=True):
+    """Answered at once by `Pong`: how far away the other side is."""
+
+
+class Pong(Message, frozen=True):
+    """Here."""
+
+
 class Welcome(Message, frozen=True):
-    """The worker's cluster and itself; `trouble` lists what the cluster's health says against writing."""
+    """The worker's cluster and itself; `trouble` lists what the cluster's health says against writing.
+
+    `door` and `secret` are what a further lane needs to join.
+    """
 
     fsid: str
     host: str
@@ -33,6 +51,8 @@ class Welcome(Message, frozen=True):
     user: str
     conf: str
     trouble: tuple[str, ...] = ()
+    door: str = ""
+    secret: str = ""
 
 
 class Survey(Message, frozen=True):
@@ -153,6 +173,9 @@ class Heartbeat(Message, frozen=True):
 
 Any = (
     Hello
+    | Join
+    | Ping
+    | Pong
     | Welcome
     | Survey
     | Open

@@ -13,10 +13,10 @@ import posixpath
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import asyncssh
 
@@ -48,11 +48,19 @@ class SshSettings:
     config: str = ""
 
 
+class Opener(Protocol):
+    """Opens channels to the same command once more, over a connection of their own if `fresh`."""
+
+    def __call__(self, count: int, *, fresh: bool) -> AbstractAsyncContextManager[tuple[SshChannel, ...]]:
+        """Yield `count` channels."""
+
+
 class SshChannel:
     """One SSH session that runs a worker; a `Channel` of agent/session.py."""
 
     def __init__(self, channel: asyncssh.SSHClientChannel[bytes], say: Callable[[str], None]) -> None:
         self.sent = 0
+        self.opener: Opener | None = None
         self._channel = channel
         self._say = say
         self._received: deque[bytes] = deque()
@@ -96,6 +104,13 @@ class SshChannel:
             self._news.clear()
             await self._news.wait()
         return self._received.popleft()
+
+    @asynccontextmanager
+    async def more(self, count: int, *, fresh: bool) -> AsyncIterator[tuple[SshChannel, ...]]:
+        """Open channels to further processes of the same command, over a connection of their own if `fresh`."""
+        assert self.opener is not None, "this channel's command is not one to have several of"
+        async with self.opener(count, fresh=fresh) as channels:
+            yield channels
 
     def verdict(self, *, greeted: bool) -> SiphonError:
         """Tell why the other side is gone."""
@@ -236,11 +251,27 @@ async def worker_channel(
     target: TargetSpec, settings: SshSettings, command: str, timeout: float, say: Callable[[str], None]
 ) -> AsyncIterator[SshChannel]:
     """Connect to the target's host, start `command` there and yield the channel to it."""
-    async with (
-        _connected(target, settings, timeout) as connection,
-        Shell(connection, target.host, timeout, say).start(command) as channel,
-    ):
-        yield channel
+    async with _connected(target, settings, timeout) as connection:
+
+        @asynccontextmanager
+        async def more(count: int, *, fresh: bool) -> AsyncIterator[tuple[SshChannel, ...]]:
+            async with AsyncExitStack() as stack:
+                over = connection
+                if fresh:
+                    # A lane has no heartbeat of its own.
+                    over = await stack.enter_async_context(_connected(target, settings, timeout, **_keepalive(timeout)))
+                shell = Shell(over, target.host, timeout, say)
+                starting = (stack.enter_async_context(shell.start(command)) for _ in range(count))
+                yield tuple(await asyncio.gather(*starting))
+
+        async with Shell(connection, target.host, timeout, say).start(command) as channel:
+            channel.opener = more
+            yield channel
+
+
+def _keepalive(timeout: float) -> dict[str, Any]:
+    """Return asyncssh's options for a connection that is given up once the other side was silent for `timeout` seconds."""
+    return {"keepalive_interval": timeout / 3, "keepalive_count_max": 3}
 
 
 @dataclass(frozen=True)
@@ -297,7 +328,7 @@ class Shell:
 @asynccontextmanager
 async def shell(target: TargetSpec, settings: SshSettings, timeout: float, say: Callable[[str], None]) -> AsyncIterator[Shell]:
     """Connect to the target's host, to run commands there."""
-    async with _connected(target, settings, timeout, keepalive_interval=timeout / 3, keepalive_count_max=3) as connection:
+    async with _connected(target, settings, timeout, **_keepalive(timeout)) as connection:
         yield Shell(connection, target.host, timeout, say)
 
 
@@ -411,7 +442,7 @@ class SftpFolder:
 async def sftp_folder(target: TargetSpec, root: str, settings: SshSettings, timeout: float) -> AsyncIterator[SftpFolder]:
     """Connect to a host and yield a folder there."""
     # SFTP has no heartbeat of its own.
-    async with _connected(target, settings, timeout, keepalive_interval=timeout / 3, keepalive_count_max=3) as connection:
+    async with _connected(target, settings, timeout, **_keepalive(timeout)) as connection:
         try:
             async with asyncio.timeout(timeout):
                 sftp = await connection.start_sftp_client()

@@ -6,11 +6,12 @@ What surrounds the writing (mark, base, commit) is agent/upkeep.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
 
+from agent.compression import unpacked
 from agent.continuity import Standing
 from agent.errors import DataError, LinkError, SiphonError, UsageError
 from agent.holding import Holding
@@ -18,10 +19,13 @@ from agent.ledger import Ledger
 from agent.model import Checkpoint, Origin, Replica, Step
 from agent.threads import blocking, unbroken
 from agent.upkeep import Upkeep, ordered
+from agent.wire import Codec, Frame, Kind
 
 #: Writes in flight, bytes and operations: what bounds the worker's memory.
 _FLIGHT_BYTES = 32 << 20
 _FLIGHT_WRITES = 256
+#: A packed block of at most so many bytes is unpacked on the spot: a thread's turn would take longer.
+_INLINE = 64 << 10
 #: How often the checkpoint is written onto the replica: what a killed worker's successor repeats.
 _MARK_BYTES = 64 << 20
 _MARK_SECONDS = 2.0
@@ -70,33 +74,31 @@ class Writer:
         self._marked_at = asyncio.get_running_loop().time()
         return mark.checkpoint
 
-    def put(self, segment: int, checksum: int, offset: int, data: bytes) -> None:
-        """Start writing an extent's data."""
-        self._start(segment, checksum, offset, len(data), lambda: self._image.write(offset, data), len(data))
-
-    def zero(self, segment: int, checksum: int, offset: int, length: int) -> None:
-        """Start making an extent zero."""
-        self._start(segment, checksum, offset, length, lambda: self._image.write_zeroes(offset, length), 0)
-
-    def _start(
-        self, segment: int, checksum: int, offset: int, length: int, write: Callable[[], Awaitable[None]], weight: int
-    ) -> None:
-        ledger, mark = self._ledger, self._upkeep.mark
-        if ledger is None or mark is None:
+    def put(self, frame: Frame) -> None:
+        """Start writing the extent of a data or zero frame."""
+        mark = self._upkeep.mark
+        if self._ledger is None or mark is None:
             raise UsageError("data arrived outside a step")
-        if length == 0 or offset + length > mark.step.end.size:
-            raise DataError(f"an extent at {offset} of {length} bytes does not lie in the image")
-        ledger.arrived(segment, checksum)
+        if frame.length == 0 or frame.offset + frame.length > mark.step.end.size:
+            raise DataError(f"an extent at {frame.offset} of {frame.length} bytes does not lie in the image")
+        weight = frame.length if frame.kind is Kind.DATA else 0
         self._flight += weight
-        task = asyncio.get_running_loop().create_task(self._apply(write, segment, weight))
+        task = asyncio.get_running_loop().create_task(self._apply(self._ledger, frame, weight))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
 
-    async def _apply(self, write: Callable[[], Awaitable[None]], segment: int, weight: int) -> None:
+    async def _apply(self, ledger: Ledger, frame: Frame, weight: int) -> None:
         try:
-            await write()
+            if frame.kind is Kind.ZERO:
+                ledger.arrived(frame.segment, frame.checksum)
+                await self._image.write_zeroes(frame.offset, frame.length)
+            else:
+                hop = frame.codec is not Codec.RAW and frame.length > _INLINE
+                data = await blocking(unpacked, frame) if hop else unpacked(frame)
+                ledger.arrived(frame.segment, frame.checksum)
+                await self._image.write(frame.offset, data)
             self._since_mark += weight
-            if self._ledger is not None and self._ledger.durable(segment):
+            if ledger.durable(frame.segment):
                 self._advanced()
         except SiphonError as error:
             self._failed = self._failed or error

@@ -6,6 +6,7 @@ import asyncio
 
 from agent import messages as m
 from agent.cluster import Image
+from agent.extents import pieces as extents
 from agent.model import Checkpoint, Step
 from agent.session import Far
 from agent.source import Tally, reading
@@ -22,8 +23,14 @@ async def send_step(session: Far, image: Image, step: Step, start: Checkpoint, t
     sender = _Sender(session, start)
     async with reading(image, step.base, step.end, start.until, tally) as pieces:
         async for piece in pieces:
-            checksum = await session.send(sender.at.segments, piece.offset, piece.length, piece.data)
-            sender.sent(checksum, piece.offset + piece.length, 0 if piece.data is None else piece.length)
+            if piece.data is None:
+                sender.sent(
+                    await session.send(sender.at.segments, piece.offset, piece.length, None), piece.offset + piece.length, 0
+                )
+                continue
+            for at, count in extents(0, piece.length, session.grain):
+                checksum = await session.send(sender.at.segments, piece.offset + at, count, piece.data[at : at + count])
+                sender.sent(checksum, piece.offset + at + count, count)
     sender.close(step.end.size)
     return sender.at
 

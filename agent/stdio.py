@@ -1,4 +1,4 @@
-"""The worker's end of the wire: frames over a pair of file descriptors, without a copy too many."""
+"""The worker's end of the wire: frames from a file descriptor, without a copy too many, and messages to another."""
 
 from __future__ import annotations
 
@@ -9,53 +9,28 @@ import os
 from collections.abc import AsyncIterator
 
 from agent import __version__
+from agent import messages as m
 from agent.errors import LinkError
-from agent.messages import Message, pack
-from agent.wire import Frame, Receiver, control, greeting
+from agent.wire import PROTOCOL, Frame, Receiver, control, greeting
 
 _CHUNK = 256 << 10
 _PIPE = 1 << 20
 
 
-class Stdio:
-    """Reads frames from one descriptor and writes control frames to another.
+class Inlet:
+    """Frames that arrive at a descriptor; `timeout` is how long (seconds, perhaps infinite) the other side may be silent."""
 
-    `timeout` is how long (seconds) the other side may be silent while we listen.
-    """
-
-    def __init__(self, reading: int, writing: int, timeout: float) -> None:
+    def __init__(self, reading: int, timeout: float, receiver: Receiver) -> None:
         self.timeout = timeout
         self._reading = reading
-        self._writing = writing
-        self._receiver = Receiver()
-        self._backlog = bytearray()
+        self._receiver = receiver
         os.set_blocking(reading, False)
-        os.set_blocking(writing, False)
         # sshd gives a pipe of 64 KiB: a larger one lets it go on while we are busy.
         with contextlib.suppress(OSError):
             fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, _PIPE)
 
-    @property
-    def peer_protocol(self) -> int:
-        """The protocol that the other side speaks, 0 until it has said so."""
-        return self._receiver.peer_protocol
-
-    def greet(self) -> None:
-        """Send our greeting."""
-        self._write(greeting(__version__))
-
-    def send(self, message: Message, tag: int = 0) -> None:
-        """Send a message without waiting; the messages of a worker are few and small."""
-        self._write(control(tag, pack(message)))
-
     async def frames(self) -> AsyncIterator[Frame]:
         """Yield what arrives until the other side closes; LinkError if it is silent or cut in a frame."""
-        while not self._receiver.greeted:
-            data = await self._read_some()
-            if not data:
-                return
-            for frame in self._receiver.feed(data):
-                yield frame
         while True:
             place = self._receiver.buffer()
             try:
@@ -74,15 +49,6 @@ class Stdio:
                 yield complete
                 await asyncio.sleep(0)  # a stream that never pauses must not starve the writes
 
-    async def _read_some(self) -> bytes:
-        while True:
-            try:
-                return os.read(self._reading, _CHUNK)
-            except BlockingIOError:
-                await self._readable()
-            except OSError:
-                return b""
-
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
@@ -94,6 +60,54 @@ class Stdio:
             raise LinkError(f"the controller was silent for {self.timeout:.0f} s") from None
         finally:
             loop.remove_reader(self._reading)
+
+
+class Stdio(Inlet):
+    """A conversation: what arrives at one descriptor, and control frames to another."""
+
+    def __init__(self, reading: int, writing: int, timeout: float) -> None:
+        super().__init__(reading, timeout, Receiver())
+        self.reading = reading
+        self._writing = writing
+        self._backlog = bytearray()
+        self._early: list[Frame] = []
+        os.set_blocking(writing, False)
+
+    async def greeted(self) -> tuple[int, m.Any] | None:
+        """Exchange greetings and return the controller's first request and its number.
+
+        None if it went away, or speaks another protocol: then it has our greeting, and says what is to be upgraded.
+        """
+        self._write(greeting(__version__))
+        while not self._early:
+            data = await self._read_some()
+            if not data:
+                return None
+            self._early += self._receiver.feed(data)
+            if self._receiver.greeted and self._receiver.peer_protocol != PROTOCOL:
+                return None
+        first = self._early.pop(0)
+        return first.tag, m.unpack(first.payload)
+
+    def send(self, message: m.Message, tag: int = 0) -> None:
+        """Send a message without waiting; the messages of a worker are few and small."""
+        self._write(control(tag, m.pack(message)))
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        """Yield what follows the first request."""
+        while self._early:
+            yield self._early.pop(0)
+        async for frame in super().frames():
+            yield frame
+
+    async def _read_some(self) -> bytes:
+        while True:
+            try:
+                return os.read(self._reading, _CHUNK)
+            except BlockingIOError:
+                await self._readable()
+            except OSError:
+                return b""
 
     def _write(self, data: bytes) -> None:
         idle = not self._backlog

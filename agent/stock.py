@@ -49,6 +49,7 @@ from agent.errors import (
 from agent.health import fsid, is_full, trouble
 from agent.model import Checkpoint, ImageIdentity, ImageSpec, Mark, Origin, Replica, Step, encode
 from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_prefix
+from agent.pace import Pacer, Timetable
 from agent.rbdsite import RbdImage, Site, failure, judged, standing
 from agent.rbdtool import Tool
 from agent.remote import Ran, Shell, SshChannel
@@ -193,10 +194,11 @@ class Import:
 class Stock:
     """The target through its own commands; one request at a time."""
 
-    def __init__(self, site: Site, data: Shell, settings: ClusterSettings, group: asyncio.TaskGroup) -> None:
+    def __init__(self, site: Site, data: Shell, settings: ClusterSettings, group: asyncio.TaskGroup, pacer: Pacer) -> None:
         self.durable: Callable[[Checkpoint], None] = lambda _: None
         self._site = site
         self._data = data
+        self._pacer = pacer
         self._trace = b""
         self._settings = settings
         self._group = group
@@ -211,6 +213,11 @@ class Stock:
     def sent(self) -> int:
         """Bytes of diffs sent so far."""
         return self._sent + (self._import.sent if self._import else 0)
+
+    @property
+    def grain(self) -> int:
+        """The largest extent that `send` should be given at present, bytes."""
+        return self._pacer.grain
 
     async def hello(self, run: str) -> m.Welcome:  # noqa: ARG002  # the lease tells runs apart
         """Look at the site: the cluster's id and what its health says against writing."""
@@ -235,6 +242,7 @@ class Stock:
         """Send an extent; the checksum is 0, since the diff has one of its own."""
         if self._import is None:
             raise UsageError("data was sent outside a step")
+        await self._pacer.passing(0 if data is None else length)
         await self._import.put(offset, length, data)
         if not self._trace:
             self._trace = await self._locked(self._import)
@@ -528,7 +536,9 @@ async def _beat(channel: SshChannel, every: float) -> None:
         await asyncio.sleep(every)
 
 
-def dial_stock(connect: Callable[[], AbstractAsyncContextManager[Shell]], settings: ClusterSettings, timeout: float) -> Dial:
+def dial_stock(
+    connect: Callable[[], AbstractAsyncContextManager[Shell]], settings: ClusterSettings, timeout: float, limit: Timetable
+) -> Dial:
     """Return a dial that works through the commands of the host behind `connect`."""
 
     @asynccontextmanager
@@ -536,7 +546,7 @@ def dial_stock(connect: Callable[[], AbstractAsyncContextManager[Shell]], settin
         warn(WARNING)
         with ungrouped():
             async with connect() as commands, connect() as data, asyncio.TaskGroup() as group:
-                stock = Stock(Site(commands, Tool(settings.words()), timeout), data, settings, group)
+                stock = Stock(Site(commands, Tool(settings.words()), timeout), data, settings, group, Pacer(limit))
                 try:
                     yield stock
                 finally:

@@ -8,9 +8,9 @@ bytes, little-endian, and its payload:
 
 A control frame carries one message (msgpack); its tag is the number of the request it belongs to.
 Data and zero frames carry an extent of the step `tag`; they name their segment, so that they may
-arrive in any order and over any number of lanes. The checksum is xxh3-128 over kind, tag, segment,
-offset, length and the extent's plain bytes; the sum of the data frames' checksums (mod 2^128) is
-the digest of a step, whatever their order.
+arrive in any order and over any number of lanes. Data may be packed (`codec`; agent/compression.py).
+The checksum is xxh3-128 over kind, tag, segment, offset, length and the extent's plain bytes; the sum of
+the data frames' checksums (mod 2^128) is the digest of a step, whatever their order.
 
 The greeting is text so that every future version, and a person, can read it. What a chatty shell
 profile prints before it is skipped and reported.
@@ -27,7 +27,7 @@ import xxhash
 
 from agent.errors import DataError, SiteError
 
-PROTOCOL = 1
+PROTOCOL = 2
 #: Largest payload of a frame, bytes: no length from the other side allocates more.
 MAX_PAYLOAD = 8 << 20
 #: How much noise before the greeting is skipped, bytes.
@@ -51,6 +51,8 @@ class Codec(IntEnum):
     """How a payload is packed."""
 
     RAW = 0
+    ZSTD = 1
+    LZ4 = 2
 
 
 _KINDS = frozenset(int(each) for each in Kind)
@@ -59,9 +61,13 @@ _CODECS = frozenset(int(each) for each in Codec)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A received frame whose checksum was right; `checksum` as an integer adds up to the digest."""
+    """A received frame; `checksum` as an integer adds up to the digest.
+
+    It was right, unless the payload is packed: then `verify` tells, once it is unpacked.
+    """
 
     kind: Kind
+    codec: Codec
     tag: int
     segment: int
     offset: int
@@ -77,23 +83,28 @@ def greeting(version: str) -> bytes:
 
 def control(tag: int, message: bytes) -> bytes:
     """Return a control frame."""
-    return header(Kind.CONTROL, tag, 0, 0, message)[0] + message
+    return header(Kind.CONTROL, tag, 0, 0, len(message), checksum(Kind.CONTROL, tag, 0, 0, len(message), message)) + message
+
+
+def checksum(kind: int, tag: int, segment: int, offset: int, length: int, plain: bytes | memoryview) -> int:
+    """Return a frame's checksum; `plain` is the extent's bytes, none for zeros."""
+    state = xxhash.xxh3_128(_SIGNED.pack(kind, tag, segment, offset, length))
+    state.update(plain)
+    return int.from_bytes(state.digest(), "little")
 
 
 def header(
-    kind: Kind, tag: int, segment: int, offset: int, payload: bytes | memoryview, length: int | None = None
-) -> tuple[bytes, int]:
-    """Return a frame's header and its checksum as an integer; `length` is needed where there is no payload."""
-    extent = len(payload) if length is None else length
-    digest = _checksum(kind, tag, segment, offset, extent, payload)
-    packed = _HEADER.pack(_MAGIC, kind, Codec.RAW, len(payload), tag, segment, offset, extent, digest)
-    return packed, int.from_bytes(digest, "little")
+    kind: Kind, tag: int, segment: int, offset: int, length: int, signed: int, *, codec: Codec = Codec.RAW, size: int | None = None
+) -> bytes:
+    """Return a frame's header; `signed` is its checksum, `size` that of the payload where it is not `length` (packed, or zeros)."""
+    payload = length if size is None else size
+    return _HEADER.pack(_MAGIC, kind, codec, payload, tag, segment, offset, length, signed.to_bytes(16, "little"))
 
 
-def _checksum(kind: int, tag: int, segment: int, offset: int, length: int, payload: bytes | memoryview) -> bytes:
-    state = xxhash.xxh3_128(_SIGNED.pack(kind, tag, segment, offset, length))
-    state.update(payload)
-    return state.digest()
+def verify(frame: Frame, plain: bytes | memoryview) -> None:
+    """DataError if `plain` is not what the frame's checksum was made of."""
+    if checksum(frame.kind, frame.tag, frame.segment, frame.offset, frame.length, plain) != frame.checksum:
+        raise DataError(f"a frame arrived damaged (offset {frame.offset}, length {frame.length})")
 
 
 class Receiver:
@@ -103,15 +114,16 @@ class Receiver:
     into where it is kept. `feed` does both for bytes that are at hand already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, greeted: bool = False) -> None:
+        """Begin with the greeting; where that was `greeted` elsewhere, with the frames."""
         self.noise = b""
         self.peer_version = ""
-        self.peer_protocol = 0
+        self.peer_protocol = PROTOCOL if greeted else 0
         self._opening = bytearray()
         self._header = bytearray(_HEADER.size)
         self._space = bytearray()
         self._payload: memoryview | None = None
-        self._fields: tuple[int, int, int, int, int, bytes] | None = None
+        self._fields: tuple[int, int, int, int, int, int, bytes] | None = None
         self._filled = 0
 
     @property
@@ -182,9 +194,10 @@ class Receiver:
         magic, kind, codec, size, tag, segment, offset, length, digest = _HEADER.unpack(self._header)
         if magic != _MAGIC or kind not in _KINDS or codec not in _CODECS or size > MAX_PAYLOAD:
             raise DataError(f"what arrived is not a frame: {bytes(self._header[:12])!r}")
-        if size != (0 if kind == Kind.ZERO else length if kind == Kind.DATA else size):
+        wrong = size > length if codec != Codec.RAW else size != (0 if kind == Kind.ZERO else length)
+        if wrong or (codec != Codec.RAW and kind != Kind.DATA) or (kind != Kind.ZERO and length > MAX_PAYLOAD):
             raise DataError(f"a frame's lengths do not agree: {size} and {length}")
-        self._fields = (kind, tag, segment, offset, length, digest)
+        self._fields = (kind, codec, tag, segment, offset, length, digest)
         if size > len(self._space):
             self._space = bytearray(size)
         self._payload = memoryview(self._space)[:size]
@@ -193,9 +206,10 @@ class Receiver:
     def _close(self) -> Frame:
         assert self._payload is not None
         assert self._fields is not None
-        kind, tag, segment, offset, length, digest = self._fields
+        kind, codec, tag, segment, offset, length, digest = self._fields
         payload = bytes(self._payload)
         self._payload, self._fields, self._filled = None, None, 0
-        if _checksum(kind, tag, segment, offset, length, payload) != digest:
-            raise DataError(f"a frame arrived damaged (offset {offset}, length {length})")
-        return Frame(Kind(kind), tag, segment, offset, length, payload, int.from_bytes(digest, "little"))
+        frame = Frame(Kind(kind), Codec(codec), tag, segment, offset, length, payload, int.from_bytes(digest, "little"))
+        if frame.codec is Codec.RAW:
+            verify(frame, payload)
+        return frame

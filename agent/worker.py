@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import socket
@@ -18,17 +19,28 @@ from datetime import UTC, datetime
 from agent import messages as m
 from agent.cluster import Cluster, Pool, copied_features
 from agent.continuity import Standing
-from agent.errors import ConflictError, LinkError, LockedError, NotFoundError, SiphonError, SiteError, UsageError, ungrouped
+from agent.door import Door, HandedOver
+from agent.errors import (
+    ConflictError,
+    DataError,
+    LinkError,
+    LockedError,
+    NotFoundError,
+    SiphonError,
+    SiteError,
+    UsageError,
+    ungrouped,
+)
 from agent.holding import settled_footing, take
 from agent.model import Checkpoint, Hand, ImageIdentity, ImageSpec, Replica, Shape, encode
 from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_prefix
 from agent.replica import Writer, opened
 from agent.settings import ClusterSettings
-from agent.stdio import Stdio
+from agent.stdio import Inlet, Stdio
 from agent.survey import described, survey
 from agent.threads import blocking
 from agent.upkeep import is_committed
-from agent.wire import PROTOCOL, Frame, Kind
+from agent.wire import Frame, Kind, Receiver
 
 #: How long the end may take (seconds) before the process ends itself, leaving the rest to fencing.
 _LAST_GRACE = 10.0
@@ -48,25 +60,43 @@ class Worker:
         self._writer: Writer | None = None
         self._requests: asyncio.Queue[tuple[int, m.Any]] = asyncio.Queue(_QUEUE)
         self._run = "unknown"
+        self._door = Door()
 
-    async def serve(self) -> None:
-        """Answer until the controller is gone; raises what broke the conversation."""
+    async def serve(self, first: tuple[int, m.Any]) -> None:
+        """Answer the `first` request and those that follow, until the controller is gone; raises what broke the conversation."""
+        self._requests.put_nowait(first)
         try:
             async with asyncio.TaskGroup() as group:
-                helpers = [group.create_task(self._answer_all()), group.create_task(self._beat())]
+                helpers = [group.create_task(each) for each in (self._answer_all(), self._beat(), self._admit())]
                 await self._read_all()
                 # Whatever hangs from here on, the process ends; what it held is fenced by the next run.
                 asyncio.get_running_loop().call_later(_LAST_GRACE, _leave, 1)
                 for helper in helpers:
                     helper.cancel()
         finally:
+            self._door.close()
             if self._writer is not None:
                 await self._writer.close()
 
+    async def _admit(self) -> None:
+        """Take in lanes, each read by a task of its own."""
+        async with asyncio.TaskGroup() as group:
+            async for lane in self._door.lanes():
+                group.create_task(self._read_lane(lane))
+
+    async def _read_lane(self, lane: HandedOver) -> None:
+        try:
+            async for frame in Inlet(lane.fd, math.inf, Receiver(greeted=True)).frames():
+                if frame.kind is Kind.CONTROL:
+                    raise DataError("a message arrived over a lane of data")
+                await self._extent(frame)
+        except LinkError:
+            self._say("a lane was cut: what it carried is sent again")
+        finally:
+            lane.close()
+
     async def _read_all(self) -> None:
         async for frame in self._stdio.frames():
-            if self._stdio.peer_protocol != PROTOCOL:
-                return  # the controller has our greeting and says what is to be upgraded
             if frame.kind is Kind.CONTROL:
                 await self._control(frame)
             else:
@@ -76,10 +106,7 @@ class Worker:
         writer = self._writer
         if writer is None:
             raise UsageError("data arrived for no image")
-        if frame.kind is Kind.DATA:
-            writer.put(frame.segment, frame.checksum, frame.offset, frame.payload)
-        else:
-            writer.zero(frame.segment, frame.checksum, frame.offset, frame.length)
+        writer.put(frame)
         if writer.busy:
             await writer.settled()
 
@@ -88,6 +115,8 @@ class Worker:
         match message:
             case m.Heartbeat():
                 pass
+            case m.Ping():
+                self._stdio.send(m.Pong())
             case m.Checkpointed():
                 if self._writer is None:
                     raise UsageError("a checkpoint arrived for no image")
@@ -152,6 +181,8 @@ class Worker:
             user=self._cluster.user,
             conf=self._cluster.conf,
             trouble=self._cluster.trouble(),
+            door=self._door.name,
+            secret=self._door.secret,
         )
 
     def _pool(self, spec: ImageSpec) -> Pool:
@@ -278,24 +309,23 @@ def _make(pool: Pool, request: m.Create) -> tuple[str, ...]:
     return left_out
 
 
-async def run_worker(settings: ClusterSettings, reading: int, writing: int, timeout: float, say: Callable[[str], None]) -> int:
-    """Serve one controller over two file descriptors and return the exit code.
+async def run_worker(settings: ClusterSettings, stdio: Stdio, first: tuple[int, m.Any], say: Callable[[str], None]) -> int:
+    """Serve the controller whose `first` request has come, and return the exit code.
 
-    `timeout` bounds, in seconds, the controller's silence and each of the cluster's operations.
+    The conversation's timeout bounds, in seconds, the controller's silence and each of the cluster's operations.
     """
-    stdio = Stdio(reading, writing, timeout)
-    stdio.greet()
     loop = asyncio.get_running_loop()
     try:
-        cluster = await blocking(Cluster, settings, timeout)
+        cluster = await blocking(Cluster, settings, stdio.timeout)
     except SiphonError as error:
-        return await _refuse_everything(stdio, error)
+        stdio.send(m.Failure(type(error).__name__, f"at the target: {error}", error.hint), first[0])
+        return error.exit_code
     code = 0
     # Kept until the end: an image that is garbage is closed by librbd, and its lock given back.
     worker = Worker(cluster, stdio, say)
     try:
         with ungrouped():
-            await worker.serve()
+            await worker.serve(first)
     except SiphonError as error:
         code = error.exit_code
         hanging = isinstance(error, LinkError)
@@ -318,14 +348,6 @@ async def explained(cluster: Cluster, error: SiphonError) -> SiphonError:
     done, _ = await asyncio.wait([asking], timeout=_HEALTH)
     trouble = "; ".join(asking.result()) if done else ""
     return LinkError(f"{error} (the target cluster says: {trouble})", hint=error.hint) if trouble else error
-
-
-async def _refuse_everything(stdio: Stdio, error: SiphonError) -> int:
-    """Answer the first request with why this site cannot serve."""
-    async for frame in stdio.frames():
-        stdio.send(m.Failure(type(error).__name__, f"at the target: {error}", error.hint), frame.tag)
-        break
-    return error.exit_code
 
 
 def _leave(code: int) -> None:

@@ -28,7 +28,7 @@ from agent.controller import Sync
 from agent.errand import Request
 from agent.plan import Accept
 from agent.remote import SshSettings, shell, worker_channel
-from agent.session import dial_worker
+from agent.session import Transfer, dial_worker
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_target
 from agent.stock import dial_stock
@@ -202,6 +202,7 @@ class Pair:
         worker = options.pop("worker", "rbd-siphon worker")
         wrap = options.pop("wrap", None)
         stock = options.pop("stock", False)
+        transfer = options.pop("transfer", Transfer())
         request = Request(
             source=source,
             target=target,
@@ -217,9 +218,9 @@ class Pair:
             async with worker_channel(target, ssh, f"{worker} --timeout {timeout:g}", timeout, run.say) as channel:
                 yield wrap(channel) if wrap else channel
 
-        dial = dial_worker(connect, timeout)
+        dial = dial_worker(connect, timeout, transfer, run.say)
         if stock:
-            dial = dial_stock(partial(shell, target, ssh, timeout, run.say), ClusterSettings(), timeout)
+            dial = dial_stock(partial(shell, target, ssh, timeout, run.say), ClusterSettings(), timeout, transfer.limit)
         run.result = await Sync(request, dial, run).run()
         return run
 

@@ -57,5 +57,33 @@ WorkerCommand = Annotated[
     str, typer.Option("--worker-command", help="How the worker is called at the target.", rich_help_panel=_SSH)
 ]
 
+_TRANSFER = "Transfer"
+Lanes = Annotated[
+    str,
+    typer.Option(
+        "--lanes",
+        metavar="auto|N",
+        help="SSH channels that data go over: auto adds some where the link is long.",
+        rich_help_panel=_TRANSFER,
+    ),
+]
+Compress = Annotated[
+    str,
+    typer.Option(
+        "--compress",
+        metavar="auto|zstd[:LEVEL]|lz4|none",
+        help="auto weighs the link against the processors as it goes.",
+        rich_help_panel=_TRANSFER,
+    ),
+]
+BwLimit = Annotated[
+    str,
+    typer.Option(
+        "--bwlimit",
+        help="Bytes a second, with K, M or G (powers of 1024), 0: no limit; also by the time of day: '08:00-18:00 50M, else 0'.",
+        rich_help_panel=_TRANSFER,
+    ),
+]
+
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 Timeout = Annotated[float, typer.Option(min=1, max=86_400, help="Seconds after which a silent cluster is given up.")]

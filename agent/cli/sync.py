@@ -12,11 +12,14 @@ import typer
 
 from agent import events as e
 from agent.cli.options import (
+    BwLimit,
+    Compress,
     Conf,
     Id,
     Identity,
     Keyring,
     KnownHosts,
+    Lanes,
     Name,
     SshConfig,
     SshPort,
@@ -33,6 +36,7 @@ from agent.errors import SiphonError, UsageError
 from agent.plan import Accept
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_target
+from agent.weigh import MOST_LANES
 
 
 def sync(
@@ -69,6 +73,9 @@ def sync(
         float, typer.Option(min=1, max=86_400, help="Seconds after which a silent site or cluster is given up.")
     ] = 60.0,
     attempts: Annotated[int, typer.Option(min=1, help="Attempts in a row that may fail without progress.")] = 6,
+    compress: Compress = "auto",
+    lanes: Lanes = "auto",
+    bwlimit: BwLimit = "0",
     conf: Conf = "",
     cluster: Name = "",
     user: Id = "",
@@ -87,10 +94,12 @@ def sync(
     """Make IMAGE's replica at the target, or bring it up to date."""
     # Deferred: a worker is started for each run at the far end, and needs neither SSH nor a console.
     from agent.cli.console import JsonLines, People
+    from agent.compression import RAW, parse_method
     from agent.controller import Sync
     from agent.errand import Request
+    from agent.pace import parse_limit
     from agent.remote import SshSettings, shell, worker_channel
-    from agent.session import dial_worker
+    from agent.session import Transfer, dial_worker
     from agent.stock import dial_stock
 
     observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose)
@@ -116,14 +125,20 @@ def sync(
         ssh = SshSettings(ssh_port, identity, known_hosts, ssh_config)
         far = ClusterSettings(target_conf, target_cluster, target_id, target_keyring)
 
+        transfer = Transfer(parse_method(compress), _lanes(lanes), parse_limit(bwlimit))
+        if worker is WorkerKind.RBD and (transfer.method not in (None, RAW) or transfer.lanes not in (None, 1)):
+            raise UsageError(
+                "Ceph's own tools take one uncompressed stream", hint="leave --compress and --lanes out, or do without --worker rbd"
+            )
+
         def decide(text: str) -> None:
             observer.emit(e.Decision(message=text))
 
         if worker is WorkerKind.RBD:
-            dial = dial_stock(partial(shell, to_spec, ssh, timeout, decide), far, timeout)
+            dial = dial_stock(partial(shell, to_spec, ssh, timeout, decide), far, timeout, transfer.limit)
         else:
             command = " ".join([worker_command, shlex.join([*far.words(), "--timeout", f"{timeout:g}"])])
-            dial = dial_worker(partial(worker_channel, to_spec, ssh, command, timeout, decide), timeout)
+            dial = dial_worker(partial(worker_channel, to_spec, ssh, command, timeout, decide), timeout, transfer, decide)
         observer.emit(run(Sync(request, dial, observer).run()))
         code = 0
     except SiphonError as error:
@@ -135,3 +150,11 @@ def sync(
     observer.close()
     # A thread that waits for a cluster which does not answer must not keep a finished command alive.
     leave(code)
+
+
+def _lanes(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if text.isdecimal() and 1 <= int(text) <= MOST_LANES:
+        return int(text)
+    raise UsageError(f"there cannot be {text!r} lanes", hint=f"--lanes auto, or a number from 1 to {MOST_LANES}")

@@ -15,8 +15,11 @@ import typer
 
 from agent.cli.options import Conf, Id, Keyring, Name
 from agent.cli.running import Stopped, leave, run
+from agent.errors import SiphonError
+from agent.lane import serve_lane
+from agent.messages import Join
 from agent.settings import ClusterSettings
-from agent.worker import run_worker
+from agent.stdio import Stdio
 
 
 def worker(
@@ -41,11 +44,29 @@ def worker(
     os.dup2(2, 1)
     settings = ClusterSettings(conf, cluster, user, keyring).completed(os.environ)
     try:
-        code = run(run_worker(settings, 0, writing, timeout, _say))
+        code = run(_serve(settings, writing, timeout))
     except Stopped as stopped:
         code = 128 + stopped.number
     # Threads inside librbd have no reason to outlive the conversation.
     leave(code)
+
+
+async def _serve(settings: ClusterSettings, writing: int, timeout: float) -> int:
+    stdio = Stdio(0, writing, timeout)
+    try:
+        first = await stdio.greeted()
+    except SiphonError as error:
+        _say(f"worker ends: {error}")
+        return error.exit_code
+    if first is None:
+        return 0
+    tag, request = first
+    if isinstance(request, Join):
+        return await serve_lane(stdio, tag, request)
+    # Deferred: a lane needs no Ceph, and many of them may start at once.
+    from agent.worker import run_worker
+
+    return await run_worker(settings, stdio, first, _say)
 
 
 def _say(text: str) -> None:

@@ -22,6 +22,8 @@ CHUNK = 64 << 10
 class Relay:
     """One relay to `port`; `delay` in seconds each way, `rate` in bytes a second, `cut_after` in bytes.
 
+    The rate is that of the line: all connections share it, either direction for itself.
+
     `cuts` is how many connections may still be cut. `held` makes it swallow everything without
     closing anything, as a dead link does.
     """
@@ -35,6 +37,7 @@ class Relay:
     held: bool = False
     on_bytes: Callable[[int], None] | None = None
     sent: int = 0
+    _free_at: dict[bool, float] = field(default_factory=dict)
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
@@ -67,8 +70,8 @@ class Relay:
         self._writers.update(pair)
         cut = asyncio.Event()
         tasks = [
-            asyncio.create_task(self._pump(reader, far_writer, cut, counted=not self.cut_downstream)),
-            asyncio.create_task(self._pump(far_reader, writer, cut, counted=self.cut_downstream)),
+            asyncio.create_task(self._pump(reader, far_writer, cut, up=True)),
+            asyncio.create_task(self._pump(far_reader, writer, cut, up=False)),
             asyncio.create_task(cut.wait()),
         ]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -83,11 +86,12 @@ class Relay:
                 each.close()
             self._writers.discard(each)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event, *, counted: bool) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event, *, up: bool) -> None:
+        counted = up is not self.cut_downstream
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=1024)
         sender = asyncio.create_task(self._send(queue, writer))
         loop = asyncio.get_running_loop()
-        passed, free_at = 0, 0.0
+        passed = 0
         try:
             while data := await reader.read(CHUNK):
                 if self.held:
@@ -104,7 +108,8 @@ class Relay:
                         cut.set()
                         return
                 if self.rate:
-                    free_at = max(free_at, loop.time()) + len(data) / self.rate
+                    free_at = max(self._free_at.get(up, 0.0), loop.time()) + len(data) / self.rate
+                    self._free_at[up] = free_at
                     await asyncio.sleep(max(0.0, free_at - loop.time() - 0.002))
                 await queue.put((loop.time() + self.delay, data))
             await queue.put((0.0, b""))

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from agent import messages as m
 from agent.errors import DataError, SiteError
 from agent.model import Checkpoint, ImageIdentity, ImageSpec, Snapshot, Step
-from agent.wire import MAX_NOISE, MAX_PAYLOAD, PROTOCOL, Frame, Kind, Receiver, control, greeting, header
+from agent.wire import MAX_NOISE, MAX_PAYLOAD, PROTOCOL, Frame, Kind, Receiver, checksum, control, greeting, header
 
 
 def data(offset: int, payload: bytes, tag: int = 3, segment: int = 1) -> bytes:
-    return header(Kind.DATA, tag, segment, offset, payload)[0] + payload
+    signed = checksum(Kind.DATA, tag, segment, offset, len(payload), payload)
+    return header(Kind.DATA, tag, segment, offset, len(payload), signed) + payload
 
 
 def zeros(offset: int, length: int) -> bytes:
-    return header(Kind.ZERO, 3, 1, offset, b"", length)[0]
+    return header(Kind.ZERO, 3, 1, offset, length, checksum(Kind.ZERO, 3, 1, offset, length, b""), size=0)
 
 
 def greeted() -> Receiver:
@@ -65,8 +66,7 @@ def test_garbage_raises_our_own_error_or_waits(garbage: bytes) -> None:
 
 
 def test_no_length_allocates_more_than_the_limit() -> None:
-    head, _ = header(Kind.CONTROL, 1, 0, 0, b"")
-    lying = bytearray(head)
+    lying = bytearray(header(Kind.CONTROL, 1, 0, 0, 0, 0))
     lying[4:8] = (MAX_PAYLOAD + 1).to_bytes(4, "little")
     with pytest.raises(DataError, match="not a frame"):
         greeted().feed(bytes(lying))
@@ -95,9 +95,9 @@ def test_noise_without_end_is_refused() -> None:
 
 
 def test_the_digest_of_a_step_does_not_depend_on_the_order() -> None:
-    sums = [header(Kind.DATA, 1, 0, offset, b"abc")[1] for offset in (0, 4096, 8192)]
+    sums = [checksum(Kind.DATA, 1, 0, offset, 3, b"abc") for offset in (0, 4096, 8192)]
     assert len(set(sums)) == 3
-    assert header(Kind.ZERO, 1, 0, 0, b"", 3)[1] not in sums
+    assert checksum(Kind.ZERO, 1, 0, 0, 3, b"") not in sums
 
 
 @pytest.mark.parametrize(
