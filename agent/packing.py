@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from agent.budget import Budget
 from agent.compression import RAW, Method, packed
@@ -22,6 +23,18 @@ _INLINE = 32 << 10
 _STUBBORN = 8
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """An extent's data on its way, its checksum, and who counts what travels for it."""
+
+    tag: int
+    segment: int
+    offset: int
+    data: memoryview
+    signed: int
+    count: Callable[[int], None]
+
+
 class Packer:
     """Makes frames of extents; they may leave in another order than they came."""
 
@@ -33,23 +46,26 @@ class Packer:
         self._budget = Budget(_PACKING)
         self._unshrunk = 0
 
-    async def zeros(self, tag: int, segment: int, offset: int, length: int) -> int:
-        """Send an extent of zeros and return its checksum."""
+    async def zeros(self, tag: int, segment: int, offset: int, length: int, count: Callable[[int], None]) -> int:
+        """Send an extent of zeros and return its checksum; `count` is told the bytes that travel for it."""
         signed = checksum(Kind.ZERO, tag, segment, offset, length, b"")
-        await self._lanes.put(header(Kind.ZERO, tag, segment, offset, length, signed, size=0), b"")
+        head = header(Kind.ZERO, tag, segment, offset, length, signed, size=0)
+        count(len(head))
+        await self._lanes.put(head, b"")
         return signed
 
-    async def data(self, tag: int, segment: int, offset: int, data: memoryview) -> int:
+    async def data(self, tag: int, segment: int, offset: int, data: memoryview, count: Callable[[int], None]) -> int:
         """Send an extent's data, perhaps after this returns, and return its checksum; waits while too much is under way."""
         signed = checksum(Kind.DATA, tag, segment, offset, len(data), data)
+        block = _Block(tag, segment, offset, data, signed, count)
         method = self._method()
         if method == RAW:
-            await self._lanes.put(header(Kind.DATA, tag, segment, offset, len(data), signed), data)
+            await self._put(block, Codec.RAW, data)
         elif len(data) <= _INLINE:
-            await self._put(tag, segment, offset, data, signed, *packed(data, method))
+            await self._tried(block, *packed(data, method))
         else:
             await self._budget.take(len(data))
-            self._group.create_task(self._pack(tag, segment, offset, data, signed, method))
+            self._group.create_task(self._pack(block, method))
         return signed
 
     def _method(self) -> Method:
@@ -59,18 +75,21 @@ class Packer:
                 return RAW
         return self._weigher.method
 
-    async def _pack(self, tag: int, segment: int, offset: int, data: memoryview, signed: int, method: Method) -> None:
+    async def _pack(self, block: _Block, method: Method) -> None:
         try:
-            codec, payload = await asyncio.get_running_loop().run_in_executor(self._threads, packed, data, method)
-            await self._put(tag, segment, offset, data, signed, codec, payload)
+            await self._tried(block, *await asyncio.get_running_loop().run_in_executor(self._threads, packed, block.data, method))
         finally:
-            self._budget.give(len(data))
+            self._budget.give(len(block.data))
 
-    async def _put(
-        self, tag: int, segment: int, offset: int, data: memoryview, signed: int, codec: Codec, payload: bytes | memoryview
-    ) -> None:
+    async def _tried(self, block: _Block, codec: Codec, payload: bytes | memoryview) -> None:
         self._unshrunk = 0 if codec is not Codec.RAW else self._unshrunk + 1
-        head = header(Kind.DATA, tag, segment, offset, len(data), signed, codec=codec, size=len(payload))
+        await self._put(block, codec, payload)
+
+    async def _put(self, block: _Block, codec: Codec, payload: bytes | memoryview) -> None:
+        head = header(
+            Kind.DATA, block.tag, block.segment, block.offset, len(block.data), block.signed, codec=codec, size=len(payload)
+        )
+        block.count(len(head) + len(payload))
         await self._lanes.put(head, payload)
 
 

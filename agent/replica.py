@@ -31,33 +31,64 @@ _MARK_BYTES = 64 << 20
 _MARK_SECONDS = 2.0
 
 
-class Writer:
-    """One replica, held; the steps of a run are applied through it, one after the other."""
+class Flight:
+    """Writes in flight on all replicas of a worker: what bounds its memory."""
 
-    def __init__(self, holding: Holding, replica: Replica, durable: Callable[[Checkpoint], None]) -> None:
+    def __init__(self) -> None:
+        self._bytes = self._writes = 0
+        self._landed = asyncio.Event()
+
+    def start(self, weight: int) -> None:
+        """A write of `weight` bytes begins."""
+        self._bytes += weight
+        self._writes += 1
+
+    def end(self, weight: int) -> None:
+        """It is over."""
+        self._bytes -= weight
+        self._writes -= 1
+        self._landed.set()
+
+    async def room(self) -> None:
+        """Wait until something more can be taken."""
+        while self._bytes >= _FLIGHT_BYTES or self._writes >= _FLIGHT_WRITES:
+            self._landed.clear()
+            await self._landed.wait()
+
+
+class Writer:
+    """One replica, held; the steps of a run are applied through it, one after the other.
+
+    `durable` is called with how far a step has come, `failed` as soon as something went wrong beside a request.
+    """
+
+    def __init__(
+        self,
+        holding: Holding,
+        replica: Replica,
+        flight: Flight,
+        durable: Callable[[Checkpoint], None],
+        failed: Callable[[SiphonError], None],
+    ) -> None:
         self._holding = holding
         self._upkeep = Upkeep(holding, replica)
         self._image = holding.image
+        self._flight = flight
         self._durable = durable
+        self._tell_failed = failed
         self._ledger: Ledger | None = None
         self._writes: set[asyncio.Task[None]] = set()
-        self._flight = 0
         self._since_mark = 0
         self._marked_at = 0.0
         self._moved = asyncio.Event()
         self._marking = asyncio.Lock()
         self._saving: asyncio.Task[None] | None = None
-        self._failed: BaseException | None = None
+        self._failed: SiphonError | None = None
 
     @property
     def replica(self) -> Replica:
         """What the replica was when it was last looked at."""
         return self._upkeep.replica
-
-    @property
-    def busy(self) -> bool:
-        """Whether as much is in flight as may be: take no more until `settled`."""
-        return self._flight >= _FLIGHT_BYTES or len(self._writes) >= _FLIGHT_WRITES
 
     async def begin(self, step: Step, *, discard: bool) -> Checkpoint:
         """Bring the image to where `step` can go on, and return from where.
@@ -82,7 +113,7 @@ class Writer:
         if frame.length == 0 or frame.offset + frame.length > mark.step.end.size:
             raise DataError(f"an extent at {frame.offset} of {frame.length} bytes does not lie in the image")
         weight = frame.length if frame.kind is Kind.DATA else 0
-        self._flight += weight
+        self._flight.start(weight)
         task = asyncio.get_running_loop().create_task(self._apply(self._ledger, frame, weight))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
@@ -101,10 +132,15 @@ class Writer:
             if ledger.durable(frame.segment):
                 self._advanced()
         except SiphonError as error:
-            self._failed = self._failed or error
+            self._fail(error)
         finally:
-            self._flight -= weight
+            self._flight.end(weight)
             self._moved.set()
+
+    def _fail(self, error: SiphonError) -> None:
+        if self._failed is None:
+            self._failed = error
+            self._tell_failed(error)
 
     def announced(self, segment: int, frames: int, digest: str, checkpoint: Checkpoint) -> None:
         """The controller said what a segment holds."""
@@ -124,17 +160,10 @@ class Writer:
         try:
             await self.save()
         except SiphonError as error:
-            self._failed = self._failed or error
+            self._fail(error)
             self._moved.set()
         finally:
             self._saving = None
-
-    async def settled(self) -> None:
-        """Wait until something more can be taken; raises what a write failed with."""
-        while self.busy and self._failed is None:
-            self._moved.clear()
-            await self._moved.wait()
-        self._check()
 
     def _check(self) -> None:
         if self._failed is not None:
@@ -205,18 +234,25 @@ class Writer:
         try:
             yield
         except LinkError as error:
-            self._failed = self._failed or error
+            self._fail(error)
             raise
 
 
-async def opened(holding: Holding, seen: Replica | None, stand: Standing | None, durable: Callable[[Checkpoint], None]) -> Writer:
+async def opened(
+    holding: Holding,
+    seen: Replica | None,
+    stand: Standing | None,
+    flight: Flight,
+    durable: Callable[[Checkpoint], None],
+    failed: Callable[[SiphonError], None],
+) -> Writer:
     """Bring a replica that was just taken into order, and return the writer for it.
 
     `seen` and `stand` are what was found before the lock was ours; where the mark is another one by
     now, nothing is known of how far it came. Whatever goes wrong, the image is let go as it was found.
     """
     try:
-        return Writer(holding, await ordered(holding, seen, stand), durable)
+        return Writer(holding, await ordered(holding, seen, stand), flight, durable, failed)
     except LinkError:
         raise  # what timed out may still be done: the next run fences us
     except BaseException:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from agent import __version__
 from agent import messages as m
 from agent.compression import Method
-from agent.errors import DataError, LinkError, SiteError, rebuilt, ungrouped
+from agent.errors import DataError, LinkError, SiphonError, SiteError, rebuilt, ungrouped
 from agent.lanes import Channel, Lanes
 from agent.model import Checkpoint
 from agent.pace import UNLIMITED, Pacer, Timetable
@@ -69,81 +69,84 @@ Dial = Callable[[Callable[[str], None]], AbstractAsyncContextManager[Far]]
 
 
 class Session:
-    """Requests to one worker, one at a time, and frames in between."""
+    """One conversation: a greeting, lanes for data, and a strand for each image that it is about."""
 
     def __init__(
         self, channel: Channel, timeout: float, warn: Callable[[str], None], transfer: Transfer, say: Callable[[str], None]
     ) -> None:
+        self.lanes: Lanes
+        self.pacer = Pacer(transfer.limit)
         self._channel = channel
         self._timeout = timeout
         self._warn = warn
         self._weigher = Weigher(transfer.method)
-        self._pacer = Pacer(transfer.limit)
-        self._lanes = Lanes(channel, self._weigher, Growth(transfer.lanes), self._pacer, say)
-        self._packer: Packer | None = None
+        self.lanes = Lanes(channel, self._weigher, Growth(transfer.lanes), self.pacer, say)
+        self.packer: Packer | None = None
         self._pinged = 0.0
-        self._welcomed: asyncio.Future[m.Welcome] = asyncio.get_running_loop().create_future()
+        self._welcome: asyncio.Future[m.Welcome] | None = None
+        self._welcomed = asyncio.Event()
         self._receiver = Receiver()
         self._number = 0
-        self._told = 0
-        self._waiting: asyncio.Future[m.Any] | None = None
+        self._waiting: dict[int, asyncio.Future[m.Any]] = {}
+        self._strands: dict[int, Strand] = {}
+        self._opened = 0
         self._greeted = asyncio.Event()
-        self.durable: Callable[[Checkpoint], None] = lambda _: None
 
-    @property
-    def sent(self) -> int:
-        """Bytes given to the channels so far."""
-        return self._lanes.sent + self._told
+    def strand(self) -> Strand:
+        """Return a part of the conversation for one more image."""
+        self._opened += 1
+        self._strands[self._opened] = strand = Strand(self, self._opened)
+        return strand
 
-    @property
-    def grain(self) -> int:
-        """The largest extent that `send` should be given at present, bytes."""
-        return self._pacer.grain
+    def forget(self, number: int) -> None:
+        """A strand has ended."""
+        self._strands.pop(number, None)
 
     async def hello(self, run: str) -> m.Welcome:
-        """Greet, and return who is at the other end; SiteError if it speaks another protocol."""
-        self._write(greeting(__version__))
-        welcome = await self.ask(m.Hello(run=run, timeout=self._timeout), m.Welcome)
-        self._pinged = asyncio.get_running_loop().time()
-        self.tell(m.Ping())
-        self._welcomed.set_result(welcome)
-        return welcome
+        """Greet, and return who is at the other end; SiteError if it speaks another protocol. Again is answered at once."""
+        if self._welcome is None:
+            self._welcome = asyncio.get_running_loop().create_future()
+            self.write(greeting(__version__))
+            welcome = await self.asked(m.Hello(run=run, timeout=self._timeout), self.next(), 0)
+            if not isinstance(welcome, m.Welcome):
+                raise DataError(f"the worker answered the greeting with {type(welcome).__name__}")
+            self._pinged = asyncio.get_running_loop().time()
+            self.write(control(0, m.pack(m.Ping())))
+            self._welcome.set_result(welcome)
+            self._welcomed.set()
+        return await asyncio.shield(self._welcome)
 
-    async def ask(self, request: m.Message, kind: type[T]) -> T:
-        """Send a request and return its answer, which is of `kind`; raises what the worker refused it with."""
+    def next(self) -> int:
+        """Return the number of the next request."""
         self._number += 1
-        self._waiting = asyncio.get_running_loop().create_future()
-        self._write(control(self._number, m.pack(request)))
-        if isinstance(request, m.Create):
-            self._lanes.expect_much()
-        answer = await self._waiting
+        return self._number
+
+    async def asked(self, request: m.Message, number: int, strand: int) -> m.Any:
+        """Send request `number` and return what was answered; raises what the worker refused it with."""
+        self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            self.write(control(number, m.pack(request), strand), strand)
+            answer = await self._waiting[number]
+        finally:
+            del self._waiting[number]
         if isinstance(answer, m.Failure):
             raise rebuilt(answer.kind, answer.message, answer.hint)
-        if not isinstance(answer, kind):
-            raise DataError(f"the worker answered {type(request).__name__} with {type(answer).__name__}")
         return answer
 
-    def tell(self, message: m.Message) -> None:
-        """Send a message that is not answered."""
-        self._write(control(0, m.pack(message)))
-
-    async def send(self, segment: int, offset: int, length: int, data: memoryview | None) -> int:
-        """Send an extent (zeros where `data` is None) and return its checksum; waits while too much is under way."""
-        assert self._packer is not None
-        if data is None:
-            return await self._packer.zeros(self._number, segment, offset, length)
-        return await self._packer.data(self._number, segment, offset, data)
+    def write(self, data: bytes, strand: int = 0) -> None:
+        """Send a control frame, or the greeting."""
+        if strand in self._strands:
+            self._strands[strand].sent += len(data)
+        self._channel.write(data)
 
     async def carry_data(self) -> None:
         """Send data over the channels, and look after them; the conversation's third task."""
-        async with asyncio.TaskGroup() as group, packing(self._lanes, self._weigher, group) as self._packer:
-            group.create_task(self._lanes.carry(self._channel))
-            welcome = await self._welcomed
-            await self._lanes.govern(welcome.door, welcome.secret)
-
-    def _write(self, data: bytes) -> None:
-        self._told += len(data)
-        self._channel.write(data)
+        async with asyncio.TaskGroup() as group, packing(self.lanes, self._weigher, group) as self.packer:
+            group.create_task(self.lanes.carry(self._channel))
+            await self._welcomed.wait()
+            assert self._welcome is not None
+            welcome = self._welcome.result()
+            await self.lanes.govern(welcome.door, welcome.secret)
 
     async def read_all(self) -> None:
         """Read until the other side is gone, which is an error; the conversation's reading task."""
@@ -157,7 +160,7 @@ class Session:
                 raise self._channel.verdict(greeted=self._receiver.greeted)
             frames = self._receiver.feed(data)
             if self._receiver.greeted and not self._greeted.is_set():
-                self._welcome()
+                self._see_versions()
             for frame in frames:
                 self._take(frame)
 
@@ -166,9 +169,9 @@ class Session:
         await self._greeted.wait()
         while True:
             await asyncio.sleep(min(5.0, self._timeout / 4))
-            self.tell(m.Heartbeat())
+            self.write(control(0, m.pack(m.Heartbeat())))
 
-    def _welcome(self) -> None:
+    def _see_versions(self) -> None:
         if self._receiver.noise.strip():
             noise = self._receiver.noise.strip()[:120].decode(errors="replace")
             self._warn(f"the target's shell printed before the worker began, which was skipped: {noise!r}")
@@ -186,19 +189,102 @@ class Session:
         if frame.kind is not Kind.CONTROL:
             raise DataError("the worker sent data")
         message = m.unpack(frame.payload)
+        strand = self._strands.get(frame.segment)
         match message:
             case m.Heartbeat():
                 pass
             case m.Pong():
-                self._lanes.rtt = asyncio.get_running_loop().time() - self._pinged
-                self._weigher.far(self._lanes.rtt)
+                self.lanes.rtt = asyncio.get_running_loop().time() - self._pinged
+                self._weigher.far(self.lanes.rtt)
             case m.Durable():
-                self.durable(message.checkpoint)
+                if strand is not None:
+                    strand.durable(message.checkpoint)
             case m.Failure() if frame.tag == 0:
-                raise rebuilt(message.kind, message.message, message.hint)
+                error = rebuilt(message.kind, message.message, message.hint)
+                if frame.segment == 0:
+                    raise error
+                if strand is not None:
+                    strand.failed(error)
             case _:
-                if frame.tag == self._number and self._waiting is not None and not self._waiting.done():
-                    self._waiting.set_result(message)
+                waiting = self._waiting.get(frame.tag)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
+
+
+class Strand:
+    """The part of a conversation that is about one image: requests, one at a time, and the data of its steps."""
+
+    def __init__(self, session: Session, number: int) -> None:
+        self.durable: Callable[[Checkpoint], None] = lambda _: None
+        self.sent = 0
+        self._session = session
+        self._number = number
+        self._step = 0
+        self._asking: asyncio.Task[m.Any] | None = None
+        self._error: SiphonError | None = None
+
+    @property
+    def grain(self) -> int:
+        """The largest extent that `send` should be given at present, bytes."""
+        return self._session.pacer.grain
+
+    async def hello(self, run: str) -> m.Welcome:
+        """Greet, if nobody has, and return who is at the other end; SiteError if it speaks another protocol."""
+        return await self._session.hello(run)
+
+    async def ask(self, request: m.Message, kind: type[T]) -> T:
+        """Send a request and return its answer, which is of `kind`; raises what the worker refused it with."""
+        self._check()
+        number = self._session.next()
+        if isinstance(request, m.Begin):
+            self._step = number
+        if isinstance(request, m.Create):
+            self._session.lanes.expect_much()
+        self._asking = asyncio.ensure_future(self._session.asked(request, number, self._number))
+        try:
+            answer = await self._asking
+        except asyncio.CancelledError:
+            self._asking.cancel()
+            self._check()
+            raise
+        finally:
+            self._asking = None
+        if not isinstance(answer, kind):
+            raise DataError(f"the worker answered {type(request).__name__} with {type(answer).__name__}")
+        return answer
+
+    def tell(self, message: m.Message) -> None:
+        """Send a message that is not answered."""
+        self._session.write(control(0, m.pack(message), self._number), self._number)
+
+    async def send(self, segment: int, offset: int, length: int, data: memoryview | None) -> int:
+        """Send an extent (zeros where `data` is None) and return its checksum; waits while too much is under way."""
+        self._check()
+        packer = self._session.packer
+        assert packer is not None
+        if data is None:
+            return await packer.zeros(self._step, segment, offset, length, self._count)
+        return await packer.data(self._step, segment, offset, data, self._count)
+
+    async def leave(self) -> None:
+        """End this part; the worker lets go of the image."""
+        try:
+            await self._session.asked(m.Close(), self._session.next(), self._number)
+        finally:
+            self._session.forget(self._number)
+
+    def failed(self, error: SiphonError) -> None:
+        """Something went wrong at the other end beside a request: whoever waits or sends next hears of it."""
+        self._error = self._error or error
+        if self._asking is not None:
+            self._asking.cancel()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _count(self, size: int) -> None:
+        self.sent += size
 
 
 @asynccontextmanager
@@ -216,11 +302,11 @@ async def conversation(
 
 
 def dial_worker(connect: Connect, timeout: float, transfer: Transfer, say: Callable[[str], None]) -> Dial:
-    """Return a dial that converses with the worker behind the channels of `connect`; `say` gets decisions."""
+    """Return a dial that converses with a worker of its own, behind the channels of `connect`; `say` gets decisions."""
 
     @asynccontextmanager
     async def dial(warn: Callable[[str], None]) -> AsyncIterator[Far]:
         async with connect() as channel, conversation(channel, timeout, warn, transfer, say) as session:
-            yield session
+            yield session.strand()
 
     return dial

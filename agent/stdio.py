@@ -89,9 +89,9 @@ class Stdio(Inlet):
         first = self._early.pop(0)
         return first.tag, m.unpack(first.payload)
 
-    def send(self, message: m.Message, tag: int = 0) -> None:
+    def send(self, message: m.Message, tag: int = 0, strand: int = 0) -> None:
         """Send a message without waiting; the messages of a worker are few and small."""
-        self._write(control(tag, m.pack(message)))
+        self._write(control(tag, m.pack(message), strand))
 
     async def frames(self) -> AsyncIterator[Frame]:
         """Yield what follows the first request."""

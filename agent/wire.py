@@ -6,7 +6,8 @@ bytes, little-endian, and its payload:
     2  magic "rs"      1 kind        1 codec      4 payload size   4 tag       4 segment
     8  offset          8 length     16 checksum
 
-A control frame carries one message (msgpack); its tag is the number of the request it belongs to.
+A control frame carries one message (msgpack); its tag is the number of the request it belongs to,
+its segment the strand: which of the images that the conversation is about, 0 for none.
 Data and zero frames carry an extent of the step `tag`; they name their segment, so that they may
 arrive in any order and over any number of lanes. Data may be packed (`codec`; agent/compression.py).
 The checksum is xxh3-128 over kind, tag, segment, offset, length and the extent's plain bytes; the sum of
@@ -81,9 +82,10 @@ def greeting(version: str) -> bytes:
     return f"rbd-siphon wire={PROTOCOL} version={version}\n".encode()
 
 
-def control(tag: int, message: bytes) -> bytes:
-    """Return a control frame."""
-    return header(Kind.CONTROL, tag, 0, 0, len(message), checksum(Kind.CONTROL, tag, 0, 0, len(message), message)) + message
+def control(tag: int, message: bytes, strand: int = 0) -> bytes:
+    """Return a control frame of a strand, 0 for the conversation itself."""
+    signed = checksum(Kind.CONTROL, tag, strand, 0, len(message), message)
+    return header(Kind.CONTROL, tag, strand, 0, len(message), signed) + message
 
 
 def checksum(kind: int, tag: int, segment: int, offset: int, length: int, plain: bytes | memoryview) -> int:

@@ -445,18 +445,18 @@ def test_a_damaged_frame_is_found_and_the_step_repeated(pair: Pair, monkeypatch:
 
 
 def test_a_frame_that_is_lost_between_reader_and_wire_is_no_commit(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from agent.session import Session
+    from agent.session import Strand
     from agent.wire import Kind, checksum
 
     name = big(pair, "dropped")
-    original = Session.send
+    original = Strand.send
 
-    async def dropping(self: Session, segment: int, offset: int, length: int, data: memoryview | None) -> int:
+    async def dropping(self: Strand, segment: int, offset: int, length: int, data: memoryview | None) -> int:
         if offset == 2 * MIB and data is not None:
-            return checksum(Kind.DATA, self._number, segment, offset, 14, b"something else")
+            return checksum(Kind.DATA, self._step, segment, offset, 14, b"something else")
         return await original(self, segment, offset, length, data)
 
-    monkeypatch.setattr(Session, "send", dropping)
+    monkeypatch.setattr(Strand, "send", dropping)
     with pytest.raises((DataError, LinkError)):
         pair.sync_now(name, attempts=2, timeout=4)
     assert pair.target.snapshots(name) == []

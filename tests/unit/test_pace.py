@@ -26,7 +26,6 @@ def test_limits_are_read_as_they_are_typed() -> None:
         "08:00-18:00",
         "08:00 50M",
         "25:00-26:00 1M",
-        "else 5",
         "08:00-09:00 1M, 5M",
         "5M, 08:00-09:00 1M",
     ):
