@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from time import monotonic
@@ -81,9 +81,22 @@ class _Account:
 
 
 class Sync:
-    """One image, one target, now."""
+    """One image, one target, now.
 
-    def __init__(self, request: Request, dial: Dial, observer: e.Observer) -> None:
+    `home` is the source site where it is open already; `streaming` is entered for as long as data are sent.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        dial: Dial,
+        observer: e.Observer,
+        *,
+        home: Home | None = None,
+        streaming: AbstractAsyncContextManager[object] | None = None,
+    ) -> None:
+        self._home = home
+        self._streaming = streaming or nullcontext()
         self._request = request
         self._dial = dial
         self._observer = observer
@@ -97,7 +110,7 @@ class Sync:
     async def run(self) -> e.Result:
         """Do it, retrying what is transient; raises what stays."""
         # Both sites are woken at the same time.
-        opening = asyncio.create_task(blocking(open_source, self._request))
+        opening = asyncio.create_task(self._at_home())
         try:
             async for attempt in self._attempts():
                 with attempt:
@@ -110,9 +123,12 @@ class Sync:
             raise
         finally:
             await asyncio.wait([opening])
-            if opening.exception() is None:
+            if self._home is None and opening.exception() is None:
                 await blocking(opening.result().cluster.close)
         raise AssertionError("tenacity ended without a result or an error")
+
+    async def _at_home(self) -> Home:
+        return await blocking(open_source, self._request) if self._home is None else self._home
 
     def _attempts(self) -> tenacity.AsyncRetrying:
         return tenacity.AsyncRetrying(
@@ -255,7 +271,8 @@ class Sync:
         image = await blocking(pool.open, source.spec.image)
         try:
             async with self._progress(session, step, place, tally, start):
-                total = await send_step(session, image, step, start, tally)
+                async with self._streaming:
+                    total = await send_step(session, image, step, start, tally)
                 # What was read is the snapshot's content only if the snapshot is still there.
                 await blocking(require, pool, source.spec, step.base, step.end)
                 origin = Origin(source.identity, step.end, _now())

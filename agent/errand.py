@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from agent.cluster import Cluster, Pool
 from agent.errors import NotFoundError, SiphonError
 from agent.model import Snapshot, Source
+from agent.names import is_unfinished
 from agent.plan import Accept
 from agent.settings import ClusterSettings
 from agent.source import observe
@@ -45,14 +48,37 @@ class Home:
 def open_source(request: Request) -> Home:
     """Connect to the source's cluster and see that the image is there (blocks)."""
     spec = request.source.image
-    cluster = Cluster(request.cluster, request.timeout)
+    home = open_pool(request.cluster, request.timeout, spec.pool, spec.namespace)
     try:
-        pool = cluster.pool(spec.pool, spec.namespace)
-        observe(pool, spec, cluster.fsid)
+        observe(home.pool, spec, home.cluster.fsid)
+    except SiphonError:
+        home.cluster.close()
+        raise
+    return home
+
+
+def open_pool(settings: ClusterSettings, timeout: float, pool: str, namespace: str) -> Home:
+    """Connect to the source's cluster and open a pool of it (blocks)."""
+    cluster = Cluster(settings, timeout)
+    try:
+        return Home(cluster, cluster.pool(pool, namespace))
     except SiphonError:
         cluster.close()
         raise
-    return Home(cluster, pool)
+
+
+def selected(names: Iterable[str], include: Collection[str], exclude: Collection[str]) -> list[str]:
+    """Return the images to sync, sorted: those that match a glob of `include` (all, without one) and none of `exclude`.
+
+    What the agent is still making is never among them.
+    """
+    return sorted(
+        name
+        for name in names
+        if (not include or any(fnmatchcase(name, glob) for glob in include))
+        and not any(fnmatchcase(name, glob) for glob in exclude)
+        and not is_unfinished(name)
+    )
 
 
 def named(source: Source, name: str) -> Snapshot:

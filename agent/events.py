@@ -12,7 +12,9 @@ import msgspec
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
-    """Base of all events."""
+    """Base of all events; `image` is the source's, "" where a run is about one image alone and the event does not name it."""
+
+    image: str = ""
 
 
 class PlannedStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +96,23 @@ class Error(Event, frozen=True, tag="error"):
     code: int
     message: str
     hint: str
+
+
+class Summary(Event, frozen=True, tag="summary"):
+    """A run about many images is over; `code` is its exit code: that of the failures if they are of one kind, 1 if not."""
+
+    images: int
+    committed: int
+    failed: int
+    code: int
+    bytes_read: int
+    bytes_sent: int
+    seconds: float
+
+
+def about(event: Event, image: str) -> Event:
+    """Return the event, told to be about `image`."""
+    return msgspec.structs.replace(event, image=image)
 
 
 class Observer(Protocol):

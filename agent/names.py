@@ -20,6 +20,9 @@ ORIGIN_PREFIX = METADATA_PREFIX + "origin."
 DIFF_KEY = METADATA_PREFIX + "diff"
 PEER_PREFIX = METADATA_PREFIX + "peer."
 
+#: How the names of images begin that are still being made.
+CREATING, IMPORTING = "siphon-creating-", "siphon-importing-"
+
 _OWN = re.compile(r"siphon-\d{8}T\d{6}Z-(?P<tag>[0-9a-f]{6})[0-9a-f]{4}")
 _PARTIAL = re.compile(r"siphon-committing-[0-9a-f]{16}")
 
@@ -52,7 +55,12 @@ def is_committing(name: str) -> bool:
 
 def creating_prefix(replica: str, image_id: str) -> str:
     """Return how a replica's name begins until it carries its lineage; the same for every attempt at this replica."""
-    return "siphon-creating-" + hashlib.blake2s(f"{replica}/{image_id}".encode()).hexdigest()[:16] + "-"
+    return CREATING + hashlib.blake2s(f"{replica}/{image_id}".encode()).hexdigest()[:16] + "-"
+
+
+def is_unfinished(name: str) -> bool:
+    """Tell whether an image's name is one that only a replica or an import bears that is still being made."""
+    return name.startswith((CREATING, IMPORTING))
 
 
 def origin_key(snapshot_id: int) -> str:

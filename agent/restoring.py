@@ -20,11 +20,9 @@ from agent.errors import ConflictError, DataError, SiphonError, UsageError
 from agent.files import CHUNK, Reading
 from agent.imagefile import ImageHeader, ImageReader
 from agent.model import ImageSpec, Shape
-from agent.names import METADATA_PREFIX
+from agent.names import IMPORTING, METADATA_PREFIX
 from agent.threads import blocking
 from agent.writes import Imported, Writes, resize
-
-_IMPORTING = "siphon-importing-"
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class _Snapshots:
 
 def unfinished_prefix(spec: ImageSpec) -> str:
     """Return how the image that is to become `spec` is called until it is complete, but for what tells attempts apart."""
-    return f"{_IMPORTING}{hashlib.blake2s(str(spec).encode()).hexdigest()[:12]}-"
+    return f"{IMPORTING}{hashlib.blake2s(str(spec).encode()).hexdigest()[:12]}-"
 
 
 @asynccontextmanager

@@ -222,6 +222,7 @@ class Strand:
         self._step = 0
         self._asking: asyncio.Task[m.Any] | None = None
         self._error: SiphonError | None = None
+        self._closed = False
 
     @property
     def grain(self) -> int:
@@ -251,6 +252,7 @@ class Strand:
             self._asking = None
         if not isinstance(answer, kind):
             raise DataError(f"the worker answered {type(request).__name__} with {type(answer).__name__}")
+        self._closed = isinstance(request, m.Close)
         return answer
 
     def tell(self, message: m.Message) -> None:
@@ -267,9 +269,10 @@ class Strand:
         return await packer.data(self._step, segment, offset, data, self._count)
 
     async def leave(self) -> None:
-        """End this part; the worker lets go of the image."""
+        """End this part; the worker lets go of the image, if it has not yet."""
         try:
-            await self._session.asked(m.Close(), self._session.next(), self._number)
+            if not self._closed:
+                await self._session.asked(m.Close(), self._session.next(), self._number)
         finally:
             self._session.forget(self._number)
 

@@ -42,11 +42,21 @@ def parse_source(text: str) -> SourceSpec:
     if "@" in snapshot or "/" in snapshot:
         raise UsageError(f"{snapshot!r} is not a snapshot's name", hint="write pool/image@snapshot")
     if place.endswith("/"):
-        raise UsageError(f"{text!r} names a pool or a namespace, not an image", hint="write pool/image, one image at a time")
+        raise UsageError(f"{text!r} names a pool or a namespace, not an image", hint="write pool/image")
     parts = place.split("/")
     if not all(parts) or len(parts) > 3:
         raise UsageError(f"{text!r} is not an image", hint="write pool/image or pool/namespace/image")
     return SourceSpec(_image([DEFAULT_POOL, *parts] if len(parts) == 1 else parts), snapshot)
+
+
+def parse_pool(text: str) -> tuple[str, str] | None:
+    """Read `pool/` or `pool/namespace/` as (pool, namespace); None for what names an image, UsageError for too many parts."""
+    if not text.endswith("/"):
+        return None
+    parts = text.removesuffix("/").split("/")
+    if not all(parts) or len(parts) > 2 or "@" in text:
+        raise UsageError(f"{text!r} is neither a pool nor a namespace", hint="write pool/ or pool/namespace/")
+    return parts[0], parts[1] if len(parts) == 2 else ""
 
 
 def parse_target(text: str, source: ImageSpec) -> TargetSpec:

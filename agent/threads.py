@@ -15,9 +15,17 @@ async def blocking(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
     """Run `work` in a thread and return its result.
 
     When cancelled, the thread cannot be stopped: this waits for it before it lets the cancellation
-    through, so that nobody closes an image under a call that still uses it.
+    through, so that nobody closes an image under a call that still uses it. What it returns then, and
+    nobody takes, is closed: librbd crashes where an image is collected after its cluster's connection.
     """
-    return await _to_its_end(asyncio.get_running_loop().run_in_executor(None, partial(work, *args, **kwargs)))
+    running = asyncio.get_running_loop().run_in_executor(None, partial(work, *args, **kwargs))
+    try:
+        return await _to_its_end(running)
+    except asyncio.CancelledError:
+        lost = None if running.cancelled() or running.exception() else running.result()
+        if close := getattr(lost, "close", None):
+            await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, close)])
+        raise
 
 
 async def unbroken(work: Coroutine[Any, Any, T]) -> T:

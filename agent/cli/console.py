@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import defaultdict
 from typing import TextIO
 
 import msgspec
@@ -58,16 +59,18 @@ class JsonLines:
 
 
 class People:
-    """Words for a person; `quiet` leaves warnings, errors and nothing else."""
+    """Words for a person; `quiet` leaves warnings, errors and nothing else. Of `many` images the plans are left out."""
 
-    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+    def __init__(self, *, quiet: bool, verbose: bool, many: bool = False) -> None:
         self._quiet = quiet
         self._verbose = verbose
+        self._many = many
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._last_line = time.monotonic()
-        self._trouble = ""
-        self._rate = _Rate()
+        self._trouble: dict[str, str] = {}
+        self._rates: dict[str, _Rate] = defaultdict(_Rate)
+        self._running: dict[str, str] = {}
 
     def emit(self, event: e.Event) -> None:
         """Show the event, or not."""
@@ -81,19 +84,18 @@ class People:
             case e.Plan():
                 self._plan(event)
             case e.Retry():
-                self._trouble = event.error.splitlines()[0]
-                self._line(f"attempt {event.attempt} failed: {self._trouble}; the next one in {event.wait:.1f} s")
+                why = self._trouble[event.image] = event.error.splitlines()[0]
+                self._line(f"{_whose(event)}attempt {event.attempt} failed: {why}; the next one in {event.wait:.1f} s")
             case e.Warned():
-                self._line(f"warning: {event.message}", always=True)
+                self._line(f"warning: {_whose(event)}{event.message}", always=True)
             case e.Decision() if self._verbose:
-                self._line(f"+ {event.message}")
-            case e.Result():
-                self.close()
-                if not self._quiet:
-                    print(_result(event), file=sys.stdout, flush=True)
+                self._line(f"+ {_whose(event)}{event.message}")
+            case e.Result() | e.Summary():
+                self._over(event)
+                self._print(_result(event) if isinstance(event, e.Result) else _summary(event))
             case e.Error():
-                self.close()
-                print(f"rbd-siphon: {event.message}", file=sys.stderr, flush=True)
+                self._over(event)
+                print(f"rbd-siphon: {_whose(event)}{event.message}", file=sys.stderr, flush=True)
                 if event.hint:
                     print(f"  → {event.hint}", file=sys.stderr, flush=True)
 
@@ -103,6 +105,16 @@ class People:
             self._live.stop()
             self._live = None
 
+    def _print(self, text: str) -> None:
+        if not self._quiet:
+            print(text, file=sys.stdout, flush=True)
+
+    def _over(self, event: e.Event) -> None:
+        """Forget a run that has ended, and make room for its last line."""
+        for known in (self._trouble, self._rates, self._running):
+            known.pop(event.image, None)
+        self.close()
+
     def _line(self, text: str, *, always: bool = False) -> None:
         if always or not self._quiet:
             self._console.print(Text(text))
@@ -110,8 +122,9 @@ class People:
     def _plan(self, plan: e.Plan) -> None:
         if plan.dry_run:
             self.close()
-            if not self._quiet:
-                print(_rehearsal(plan), file=sys.stdout, flush=True)
+            self._print(_rehearsal(plan))
+            return
+        if self._many and not self._verbose:
             return
         what = ", ".join(f"{step.base or '(nothing)'} → {step.end}" for step in plan.steps)
         self._line(f"{plan.image} → {plan.target}: {what}")
@@ -119,18 +132,19 @@ class People:
     def _progress(self, progress: e.Progress) -> None:
         if self._quiet:
             return
-        text = self._describe(progress)
+        text = f"{_whose(progress)}{self._describe(progress)}"
         if self._console.is_terminal:
+            self._running[progress.image] = text
             if self._live is None:
                 self._live = Live(console=self._console, auto_refresh=False, transient=True)
                 self._live.start()
-            self._live.update(Text(text), refresh=True)
+            self._live.update(Text("\n".join(self._running.values())), refresh=True)
         elif (now := time.monotonic()) - self._last_line >= _PLAIN_EVERY:
             self._last_line = now
             self._line(text)
 
     def _describe(self, progress: e.Progress) -> str:
-        rate = self._rate.of(progress)
+        rate = self._rates[progress.image].of(progress)
         parts = [
             f"step {progress.step} of {progress.steps}",
             f"{amount(progress.done)} of {amount(progress.known)}",
@@ -140,7 +154,7 @@ class People:
             parts.append(f"ETA {duration((progress.known - progress.done) / rate)}")
         parts.append(f"{progress.base or '(nothing)'} → {progress.end}")
         if progress.attempt > 1:
-            parts.append(f"attempt {progress.attempt} (the last one: {self._trouble})")
+            parts.append(f"attempt {progress.attempt} (the last one: {self._trouble.get(progress.image, '')})")
         return " · ".join(parts)
 
 
@@ -157,6 +171,19 @@ class _Rate:
         self._seen = [each for each in self._seen if progress.seconds - each[0] <= 5.0]
         (first, before), (last, now) = self._seen[0], self._seen[-1]
         return (now - before) / (last - first) if last > first else 0.0
+
+
+def _whose(event: e.Event) -> str:
+    return f"{event.image}: " if event.image else ""
+
+
+def _summary(summary: e.Summary) -> str:
+    failed = f", {summary.failed} failed" if summary.failed else ""
+    idle = summary.images - summary.committed - summary.failed
+    return (
+        f"{summary.images} images: {summary.committed} committed, {idle} up to date{failed}; "
+        f"read {amount(summary.bytes_read)}, sent {amount(summary.bytes_sent)} in {duration(summary.seconds)}"
+    )
 
 
 def _result(result: e.Result) -> str:

@@ -8,12 +8,15 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, TypeVar
 
 from agent.memory import keep_freed
 
 T = TypeVar("T")
 
+#: How many blocking calls may be under way: most of them wait for a cluster, many images' at once.
+_THREADS = 64
 #: How long stopping in good order may take before the process ends at once, seconds.
 GRACE = 4.0
 
@@ -34,6 +37,7 @@ def run(work: Coroutine[object, object, T]) -> T:
 
 async def _supervised(work: Coroutine[object, object, T]) -> T:
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(_THREADS, "blocking"))
     task = loop.create_task(work)
     received: list[int] = []
 

@@ -1,11 +1,9 @@
-"""`rbd-siphon sync`: one image, now."""
+"""`rbd-siphon sync`: one image now, or all of a pool that match."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -35,7 +33,7 @@ from agent.cli.running import Stopped, leave, run
 from agent.errors import SiphonError, UsageError
 from agent.plan import Accept
 from agent.settings import ClusterSettings
-from agent.spec import parse_source, parse_target
+from agent.spec import parse_pool, parse_source, parse_target
 from agent.weigh import MOST_LANES
 
 
@@ -43,7 +41,9 @@ def sync(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="pool/image or pool/namespace/image, or a snapshot of it: …@snapshot (else one is taken now)."
+            metavar="SOURCE",
+            help="pool/image or pool/namespace/image, or a snapshot of it: …@snapshot (else one is taken now); pool/ or "
+            "pool/namespace/ for all its images.",
         ),
     ],
     target: Annotated[
@@ -53,6 +53,13 @@ def sync(
             help="user@host:port:pool/namespace/image; all but host: may be left out and is then as at the source.",
         ),
     ],
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="With POOL/: only images whose names match; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="With POOL/: no images whose names match; repeatable.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="With POOL/: how many images may send data at a time.")] = 4,
     keep: Annotated[int, typer.Option(min=1, help="How many of the agent's own snapshots stay on either side.")] = 3,
     intermediate: Annotated[bool, typer.Option("--intermediate", help="Carry the snapshots between base and end too.")] = False,
     rollback: Annotated[
@@ -91,28 +98,23 @@ def sync(
     worker: Worker = WorkerKind.SIPHON,
     worker_command: WorkerCommand = "rbd-siphon worker",
 ) -> None:
-    """Make IMAGE's replica at the target, or bring it up to date."""
+    """Make replicas at the target, or bring them up to date: of one image, or of all of a pool that match."""
     # Deferred: a worker is started for each run at the far end, and needs neither SSH nor a console.
     from agent.cli.console import JsonLines, People
-    from agent.compression import RAW, parse_method
-    from agent.controller import Sync
+    from agent.cli.syncing import Selection, Way, sync_one, sync_pool
+    from agent.compression import parse_method
     from agent.errand import Request
     from agent.pace import parse_limit
-    from agent.remote import SshSettings, shell, worker_channel
-    from agent.session import Transfer, dial_worker
-    from agent.stock import dial_stock
+    from agent.remote import SshSettings
+    from agent.session import Transfer
 
-    observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose)
-    try:
-        if rollback and recreate:
-            raise UsageError(
-                "--rollback and --recreate exclude each other", hint="--rollback keeps the replica, --recreate does not"
-            )
-        from_spec = parse_source(source)
-        to_spec = parse_target(target, from_spec.image)
-        request = Request(
+    observer = JsonLines(sys.stdout, verbose=verbose) if json else People(quiet=quiet, verbose=verbose, many=source.endswith("/"))
+
+    def request(image: str) -> Request:
+        from_spec = parse_source(image)
+        return Request(
             source=from_spec,
-            target=to_spec,
+            target=parse_target(target, from_spec.image),
             cluster=ClusterSettings(conf, cluster, user, keyring).completed(os.environ),
             keep=keep,
             intermediate=intermediate,
@@ -122,25 +124,31 @@ def sync(
             timeout=timeout,
             attempts=attempts,
         )
-        ssh = SshSettings(ssh_port, identity, known_hosts, ssh_config)
-        far = ClusterSettings(target_conf, target_cluster, target_id, target_keyring)
 
-        transfer = Transfer(parse_method(compress), _lanes(lanes), parse_limit(bwlimit))
-        if worker is WorkerKind.RBD and (transfer.method not in (None, RAW) or transfer.lanes not in (None, 1)):
-            raise UsageError(
-                "Ceph's own tools take one uncompressed stream", hint="leave --compress and --lanes out, or do without --worker rbd"
-            )
-
-        def decide(text: str) -> None:
-            observer.emit(e.Decision(message=text))
-
-        if worker is WorkerKind.RBD:
-            dial = dial_stock(partial(shell, to_spec, ssh, timeout, decide), far, timeout, transfer.limit)
+    try:
+        whole = parse_pool(source)
+        stock = worker is WorkerKind.RBD
+        _refuse(
+            (
+                rollback and recreate,
+                "--rollback and --recreate exclude each other",
+                "--rollback keeps the replica, --recreate does not",
+            ),
+            (stock and (compress not in ("auto", "none") or lanes not in ("auto", "1")), *_ONE_STREAM),
+            (whole is None and bool(include or exclude), "--include and --exclude choose among a pool's images", "write pool/"),
+        )
+        way = Way(
+            ssh=SshSettings(ssh_port, identity, known_hosts, ssh_config),
+            cluster=ClusterSettings(target_conf, target_cluster, target_id, target_keyring),
+            command=worker_command,
+            timeout=timeout,
+            transfer=Transfer(parse_method(compress), _lanes(lanes), parse_limit(bwlimit)),
+            stock=stock,
+        )
+        if whole is None:
+            code = run(sync_one(request(source), way, observer))
         else:
-            command = " ".join([worker_command, shlex.join([*far.words(), "--timeout", f"{timeout:g}"])])
-            dial = dial_worker(partial(worker_channel, to_spec, ssh, command, timeout, decide), timeout, transfer, decide)
-        observer.emit(run(Sync(request, dial, observer).run()))
-        code = 0
+            code = run(sync_pool(Selection(*whole, include or (), exclude or (), parallel), request, way, observer))
     except SiphonError as error:
         observer.emit(e.Error(code=error.exit_code, message=str(error), hint=error.hint))
         code = error.exit_code
@@ -150,6 +158,15 @@ def sync(
     observer.close()
     # A thread that waits for a cluster which does not answer must not keep a finished command alive.
     leave(code)
+
+
+_ONE_STREAM = ("Ceph's own tools take one uncompressed stream", "leave --compress and --lanes out, or do without --worker rbd")
+
+
+def _refuse(*cases: tuple[bool, str, str]) -> None:
+    for wrong, message, hint in cases:
+        if wrong:
+            raise UsageError(message, hint=hint)
 
 
 def _lanes(text: str) -> int | None:
