@@ -59,6 +59,7 @@ class Lanes:
     def __init__(self, primary: Channel, weigher: Weigher, growth: Growth, pacer: Pacer, say: Callable[[str], None]) -> None:
         self.sent = 0
         self.rtt = 0.0
+        self.measured = asyncio.Event()
         self.count = 1
         self._primary = primary
         self._weigher = weigher
@@ -115,6 +116,7 @@ class Lanes:
             idle = Idle()
             loop = asyncio.get_running_loop()
             full = 0.0
+            await self.measured.wait()
             at, sent, blocked = loop.time(), self.sent, self._blocked_until(loop.time())
             while True:
                 await self._busy.wait()

@@ -38,11 +38,10 @@ class _Block:
 class Packer:
     """Makes frames of extents; they may leave in another order than they came."""
 
-    def __init__(self, lanes: Lanes, weigher: Weigher, group: asyncio.TaskGroup, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, lanes: Lanes, weigher: Weigher) -> None:
         self._lanes = lanes
         self._weigher = weigher
-        self._group = group
-        self._threads = threads
+        self._blocks: asyncio.Queue[tuple[_Block, Method]] = asyncio.Queue()
         self._budget = Budget(_PACKING)
         self._unshrunk = 0
 
@@ -65,7 +64,7 @@ class Packer:
             await self._tried(block, *packed(data, method))
         else:
             await self._budget.take(len(data))
-            self._group.create_task(self._pack(block, method))
+            self._blocks.put_nowait((block, method))
         return signed
 
     def _method(self) -> Method:
@@ -75,11 +74,15 @@ class Packer:
                 return RAW
         return self._weigher.method
 
-    async def _pack(self, block: _Block, method: Method) -> None:
-        try:
-            await self._tried(block, *await asyncio.get_running_loop().run_in_executor(self._threads, packed, block.data, method))
-        finally:
-            self._budget.give(len(block.data))
+    async def pack_all(self, threads: ThreadPoolExecutor) -> None:
+        """Pack blocks as they come, one at a time; several of these run beside each other."""
+        loop = asyncio.get_running_loop()
+        while True:
+            block, method = await self._blocks.get()
+            try:
+                await self._tried(block, *await loop.run_in_executor(threads, packed, block.data, method))
+            finally:
+                self._budget.give(len(block.data))
 
     async def _tried(self, block: _Block, codec: Codec, payload: bytes | memoryview) -> None:
         self._unshrunk = 0 if codec is not Codec.RAW else self._unshrunk + 1
@@ -96,8 +99,13 @@ class Packer:
 @asynccontextmanager
 async def packing(lanes: Lanes, weigher: Weigher, group: asyncio.TaskGroup) -> AsyncIterator[Packer]:
     """Yield a packer whose threads end with the block."""
-    threads = ThreadPoolExecutor(os.cpu_count() or 1, "packing")
+    count = os.cpu_count() or 1
+    threads = ThreadPoolExecutor(count, "packing")
+    packer = Packer(lanes, weigher)
+    # One more than threads: while a block waits for a lane, the next is packed.
+    for _ in range(count + 1):
+        group.create_task(packer.pack_all(threads))
     try:
-        yield Packer(lanes, weigher, group, threads)
+        yield packer
     finally:
         threads.shutdown(wait=False, cancel_futures=True)

@@ -6,25 +6,23 @@ bytes with the source's afterwards.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import shlex
 import statistics
-import subprocess
-import threading
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from .benchdiffs import diff_cases
+from .benchlinks import link_cases
 from .ceph import Cluster
 from .demo import MIB, compare, ext4_image, patch
 from .lab import Lab
-from .measure import Case, drop, shell, timed
-from .say import LabError, note, run, step
+from .measure import Case, drop, measured, ours, shell, timed
+from .say import note, run, step
 from .setup import PYTHON
 
 TIB = 1 << 40
@@ -43,12 +41,13 @@ def run_bench(lab: Lab, rounds: int, *, quick: bool, thin: bool) -> int:
     cases += [_increment(lab, rounds)]
     if thin:
         cases += [_thin(lab, (1 if quick else 10) * TIB, 20 if quick else 500, stock=not quick)]
+    cases += link_cases(lab, rounds, quick=quick)
     cases += diff_cases(lab, rounds, thin=thin and not quick)
     _print(cases)
     out = lab.home / "bench.json"
     about = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.platform(), "cores": os.cpu_count()}
     about["ceph"] = run(["rbd", "--version"]).split()[2]
-    rows = [{**asdict(case), "ratio": case.ratio} for case in cases]
+    rows = [{**asdict(case), "ratio": case.ratio, "cpu_ratio": case.cpu_ratio} for case in cases]
     out.write_text(json.dumps({**about, "cases": rows}, indent=1))
     note(f"written to {out}")
     return 1 if any("DIFFERENT" in case.verdict for case in cases) else 0
@@ -66,10 +65,10 @@ def _first_copy(lab: Lab, rounds: int) -> Case:
             replica = f"vms-dr/bench-{side}"
             drop(lab.target, replica)
             if side == "ours":
-                case.ours.append(timed(lambda: _ours(lab, case, f"{image}@a", "vms-dr/bench-ours")))
+                case.add("ours", measured(lab, lambda: _ours(lab, case, f"{image}@a", "vms-dr/bench-ours")))
             else:
                 lab.target.rbd("create", "--size", "2G", replica)
-                case.stock.append(timed(lambda: _stock(lab, f"{image}@a", "", "vms-dr/bench-stock")))
+                case.add("stock", measured(lab, lambda: _stock(lab, f"{image}@a", "", "vms-dr/bench-stock")))
         note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
     case.verdict = compare(lab, image, "vms-dr/bench-ours")
     return case
@@ -121,45 +120,7 @@ def _content(cluster: Cluster, snapshot: str) -> str:
 
 
 def _ours(lab: Lab, case: Case, source: str, replica: str) -> None:
-    command = [str(lab.venv / "bin" / "rbd-siphon"), "sync", source, f"dr-site:{replica}", "--json"]
-    with subprocess.Popen(command, env={**os.environ, **lab.environment}, stdout=subprocess.PIPE, text=True) as running:
-        over = threading.Event()
-        watch = threading.Thread(target=_watch, args=(lab, case, running.pid, over))
-        watch.start()
-        assert running.stdout is not None
-        last = running.stdout.read().splitlines()[-1]
-        over.set()
-        watch.join()
-    if json.loads(last)["type"] != "result":
-        raise LabError(f"the sync failed: {last}")
-
-
-def _watch(lab: Lab, case: Case, pid: int, over: threading.Event) -> None:
-    """Keep the largest resident memory of the controller and of its worker."""
-    worker = 0
-    while not over.wait(0.05):
-        worker = worker or _worker(lab)
-        case.controller = max(case.controller, _peak(pid))
-        case.worker = max(case.worker, _peak(worker))
-
-
-def _worker(lab: Lab) -> int:
-    program = str(lab.venv / "bin" / "rbd-siphon")
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if program in words and "worker" in words:
-                    return int(entry.name)
-    return 0
-
-
-def _peak(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    return 0
+    ours(lab, case, [source, f"dr-site:{replica}"], lab.ssh.client_config)
 
 
 def _stock(lab: Lab, source: str, base: str, replica: str) -> None:
@@ -170,13 +131,15 @@ def _stock(lab: Lab, source: str, base: str, replica: str) -> None:
 
 def _print(cases: list[Case]) -> None:
     print()
-    print("| case | rbd-siphon, s | stock rbd, s | ratio | controller, MB | worker, MB | replica |")
-    print("|---|---|---|---|---|---|---|")
+    print("| case | rbd-siphon, s | stock rbd, s | ratio | CPU | controller, MB | worker, MB | replica |")
+    print("|---|---|---|---|---|---|---|---|")
     for case in cases:
-        ours, stock = (_median(values) for values in (case.ours, case.stock))
+        cpu = f"{case.cpu_ratio:.2f}×" if case.cpu_ratio else "–"
+        mine, stock = (_median(values) for values in (case.ours, case.stock))
         ratio = f"{case.ratio:.2f}×" if case.ratio else "–"
         print(
-            f"| {case.name} | {ours} | {stock} | {ratio} | {case.controller / 1e6:.0f} | {case.worker / 1e6:.0f} | {case.verdict} |"
+            f"| {case.name} | {mine} | {stock} | {ratio} | {cpu} "
+            f"| {case.controller / 1e6:.0f} | {case.worker / 1e6:.0f} | {case.verdict} |"
         )
     print()
 

@@ -1,28 +1,44 @@
-"""Measuring two ways of one job by turns: what a case is, and how a round is timed."""
+"""Measuring two ways of one job by turns: what a case is, how a round is timed, and what it costs the processors."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import random
+import resource
 import statistics
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from .ceph import Cluster
 from .lab import Lab
-from .say import run
+from .say import LabError, run
 
 
 @dataclass
 class Case:
-    """Seconds of each round on both sides, and the largest resident memory seen, bytes."""
+    """Seconds of each round on both sides, processor seconds, and the largest resident memory seen, bytes."""
 
     name: str
     ours: list[float] = field(default_factory=list)
     stock: list[float] = field(default_factory=list)
+    ours_cpu: list[float] = field(default_factory=list)
+    stock_cpu: list[float] = field(default_factory=list)
     controller: int = 0
     worker: int = 0
     verdict: str = ""
+
+    def add(self, side: Literal["ours", "stock"], cost: tuple[float, float]) -> None:
+        """Add a round's seconds and processor seconds."""
+        seconds, cpu = (self.ours, self.ours_cpu) if side == "ours" else (self.stock, self.stock_cpu)
+        seconds.append(cost[0])
+        cpu.append(cost[1])
 
     @property
     def ratio(self) -> float | None:
@@ -30,8 +46,14 @@ class Case:
         pairs = [theirs / ours for ours, theirs in zip(self.ours, self.stock, strict=False)]
         return statistics.median(pairs) if pairs else None
 
+    @property
+    def cpu_ratio(self) -> float | None:
+        """How much processor time for each second of the stock pipeline's, median of the rounds' ratios; 2 is twice as much."""
+        pairs = [ours / theirs for ours, theirs in zip(self.ours_cpu, self.stock_cpu, strict=False) if theirs]
+        return statistics.median(pairs) if pairs else None
 
-def timed(work: Callable[[], None]) -> float:
+
+def timed(work: Callable[[], object]) -> float:
     # A monitor commits once a second, and a snapshot waits for that. The clean-up before each round sets
     # the beat, so without this pause one side might always meet it at its best and the other at its worst.
     time.sleep(1 + random.random())  # noqa: S311  # not a secret
@@ -40,11 +62,75 @@ def timed(work: Callable[[], None]) -> float:
     return time.monotonic() - began
 
 
+def measured(lab: Lab, work: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds that `work` takes, and the processor seconds of what it starts here and through the SSH server."""
+    before = _spent(lab)
+    seconds = timed(work)
+    time.sleep(0.3)  # the server reaps its sessions
+    return seconds, _spent(lab) - before
+
+
+def _spent(lab: Lab) -> float:
+    """Return the processor seconds of our ended children, and of the SSH server's (proc(5): cutime and cstime)."""
+    mine = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = Path(f"/proc/{lab.ssh.pid()}/stat").read_text().rpartition(")")[2].split()
+    return mine.ru_utime + mine.ru_stime + (int(words[13]) + int(words[14])) / os.sysconf("SC_CLK_TCK")
+
+
+def ours(lab: Lab, case: Case, words: list[str], config: Path) -> dict[str, Any]:
+    """Run `rbd-siphon sync` and return its result, with the seconds between its first and last data; LabError if it failed."""
+    command = [str(lab.venv / "bin" / "rbd-siphon"), "sync", *words, "--json"]
+    environment = {**os.environ, **lab.environment, "RBD_SIPHON_SSH_CONFIG": str(config)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        over = threading.Event()
+        watch = threading.Thread(target=_watch, args=(lab, case, running.pid, over))
+        watch.start()
+        assert running.stdout is not None
+        lines = [json.loads(line) for line in running.stdout.read().splitlines()]
+        over.set()
+        watch.join()
+    last: dict[str, Any] = lines[-1]
+    if last["type"] not in ("result", "summary") or last.get("failed"):
+        raise LabError(f"the sync failed: {last}")
+    steps = [each["seconds"] for each in lines if each["type"] == "progress"]
+    return {**last, "streaming": max(steps, default=0.0)}
+
+
+def _watch(lab: Lab, case: Case, pid: int, over: threading.Event) -> None:
+    """Keep the largest resident memory of the controller and of its worker."""
+    while not over.wait(0.05):
+        case.controller = max(case.controller, _peak(pid))
+        for worker in _workers(lab):
+            case.worker = max(case.worker, _peak(worker))
+
+
+def _workers(lab: Lab) -> list[int]:
+    program = str(lab.venv / "bin" / "rbd-siphon")
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if program in words and "worker" in words:
+                    found.append(int(entry.name))
+    return found
+
+
+def _peak(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
 def shell(lab: Lab, command: str) -> None:
-    run(["bash", "-o", "pipefail", "-c", command], env=lab.environment, timeout=600)
+    """Run a command of stock tools."""
+    run(["bash", "-o", "pipefail", "-c", command], env=lab.environment, timeout=900)
 
 
 def drop(cluster: Cluster, image: str) -> None:
+    """Remove an image and its snapshots, if it is there."""
     pool, name = image.split("/")
     if name in cluster.rbd("ls", pool).split():
         cluster.rbd("snap", "purge", image)

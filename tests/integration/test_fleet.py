@@ -125,7 +125,7 @@ def test_a_killed_worker_is_survived_by_every_image(pair: Pair) -> None:
             return await all_of(pair, names, told, config=config)
 
     assert asyncio.run(go()) == 0
-    assert killed == [1]
+    assert killed
     for name in names:
         pair.same(name)
 
