@@ -83,7 +83,8 @@ class _Account:
 class Sync:
     """One image, one target, now.
 
-    `home` is the source site where it is open already; `streaming` is entered for as long as data are sent.
+    `home` is the source site where it is open already; `streaming` is entered for as long as data are
+    sent; `run` tells the target which command this is part of.
     """
 
     def __init__(
@@ -94,13 +95,14 @@ class Sync:
         *,
         home: Home | None = None,
         streaming: AbstractAsyncContextManager[object] | None = None,
+        run: str = "",
     ) -> None:
         self._home = home
         self._streaming = streaming or nullcontext()
         self._request = request
         self._dial = dial
         self._observer = observer
-        self._run = secrets.token_hex(6)
+        self._run = run or secrets.token_hex(6)
         self._account = _Account()
         self._end: Snapshot | None = None
         self._taken: Snapshot | None = None

@@ -27,7 +27,7 @@ class DiffMark(Value, frozen=True):
     """
 
     header: Header
-    run: str
+    run: str = ""
     durable: int = 0
     begun: int = 0
     digest: str = ""

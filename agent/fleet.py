@@ -7,6 +7,7 @@ many images are under way at once, and `parallel` of them send data.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -60,9 +61,10 @@ class Switchboard:
                 try:
                     yield strand
                 finally:
+                    # From here on what went wrong is told, not that the conversation ended over it.
+                    watch.cancel()
                     # Nobody may dial for this image again before the worker has let go of it.
                     await unbroken(_left(strand, link.broken))
-                    watch.cancel()
 
     def _current(self, warn: Callable[[str], None]) -> asyncio.Future[_Link]:
         link = self._link
@@ -119,12 +121,14 @@ async def sync_all(requests: list[Request], home: Home, dial: Dial, observer: e.
     began = asyncio.get_running_loop().time()
     results: list[e.Result] = []
     codes: list[int] = []
+    # One run, whoever of us dials: a worker that it has given up may be fenced for any of its images.
+    run = secrets.token_hex(6)
 
     async def one(request: Request) -> None:
         tagged = _Tagged(observer, str(request.source.image))
         async with under_way:
             try:
-                result = await Sync(request, dial, tagged, home=home, streaming=streaming).run()
+                result = await Sync(request, dial, tagged, home=home, streaming=streaming, run=run).run()
             except SiphonError as error:
                 codes.append(error.exit_code)
                 tagged.emit(e.Error(code=error.exit_code, message=str(error), hint=error.hint))

@@ -15,6 +15,7 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -80,7 +81,8 @@ class DiffImport:
         self._fits(found, header)
         if found.mark is None:
             # Read while the lock is taken and the content compared.
-            self._ahead = asyncio.create_task(_window(diff, self._ready))
+            self._ahead = asyncio.create_task(_window(diff, self._ready, _reader))
+            self._ahead.add_done_callback(_seen)
         try:
             return await self._taken(diff, found)
         finally:
@@ -322,10 +324,27 @@ class _Window:
     digest: str
 
 
-async def _window(diff: DiffFile, enough: asyncio.Event | None = None) -> _Window:
-    """Read a window, a smaller one if what there is has been `enough` meanwhile."""
+def _reader(diff: DiffFile) -> asyncio.Future[list[Event]]:
+    """Read in a thread that nobody waits for: a silent pipe must not keep an import that was refused from ending."""
+    thread = ThreadPoolExecutor(1, "reading")
+    reading = asyncio.get_running_loop().run_in_executor(thread, diff.batch)
+    thread.shutdown(wait=False)
+    return reading
+
+
+def _seen(window: asyncio.Task[_Window]) -> None:
+    if not window.cancelled():
+        window.exception()  # told to whoever takes the window, if anybody does
+
+
+async def _window(
+    diff: DiffFile, enough: asyncio.Event | None = None, read: Callable[[DiffFile], Awaitable[list[Event]]] | None = None
+) -> _Window:
+    """Read a window, a smaller one if what there is has been `enough` meanwhile; `read` reads a batch in its own way."""
     start, events = diff.position, list[Event]()
-    while diff.position - start < _WINDOW and not (events and enough and enough.is_set()) and (more := await blocking(diff.batch)):
+    while diff.position - start < _WINDOW and not (events and enough is not None and enough.is_set()):
+        if not (more := await (read(diff) if read else blocking(diff.batch))):
+            break
         events += more
     return _Window(events, diff.position, diff.digest)
 

@@ -28,6 +28,8 @@ _QUEUED = 4 << 20
 _JOINED = 16 << 10
 #: How often the transfer is looked at, seconds, and for how long the first lane must have been full before others are opened.
 _LOOK, _FULL = 0.25, 0.1
+#: How long a lane may take to join, seconds.
+_PATIENCE = 20.0
 #: Channels a connection: the windows of two are what a TCP connection's own window holds.
 _EACH = 2
 
@@ -116,33 +118,37 @@ class Lanes:
             idle = Idle()
             loop = asyncio.get_running_loop()
             full = 0.0
+
+            def extend(number: int, fresh: bool) -> None:  # noqa: FBT001  # called as a pair
+                group.create_task(self._extend(number, door, secret, fresh=fresh))
+
             await self.measured.wait()
-            at, sent, blocked = loop.time(), self.sent, self._blocked_until(loop.time())
             while True:
                 await self._busy.wait()
                 self._busy.clear()
+                if self._early or self._growth.asked:
+                    self._extend_to(self._growth.first(self.rtt), extend)
+                at, sent, blocked = loop.time(), self.sent, self._blocked_until(loop.time())
+                idle.share()
                 await asyncio.sleep(_LOOK if full > _FULL else _FULL)
                 now = loop.time()
                 until = self._blocked_until(now)
                 span = now - at
                 look = Look(min(1.0, (until - blocked) / span), idle.share(), (self.sent - sent) / span)
                 full += until - blocked
-                at, sent, blocked = now, self.sent, until
                 if self._waiting:
                     self._busy.set()
-                if self._opening or self._closed_to_more:
-                    wanted = self.count  # how it goes now says nothing of how it will
-                elif full > _FULL:
-                    wanted = max(self._growth.first(self.rtt), self._growth.look(look, self.count, self.rtt))
-                else:
-                    wanted = self._growth.first(self.rtt) if self._early or self._growth.asked else self.count
-                if full > _FULL and not self._opening:
+                if full > _FULL and not self._opening:  # how it goes while lanes come says nothing of how it will
                     self._weigher.look(look)
-                while self.count < wanted:
-                    fresh = self.count >= _EACH
-                    number = min(_EACH if fresh else _EACH - self.count, wanted - self.count)
-                    self.count += number
-                    group.create_task(self._extend(number, door, secret, fresh=fresh))
+                    self._extend_to(max(self._growth.first(self.rtt), self._growth.look(look, self.count, self.rtt)), extend)
+
+    def _extend_to(self, wanted: int, extend: Callable[[int, bool], object]) -> None:
+        """Open lanes until there are as many as `wanted`, unless some could not be opened."""
+        while self.count < wanted and not self._closed_to_more:
+            fresh = self.count >= _EACH
+            number = min(_EACH if fresh else _EACH - self.count, wanted - self.count)
+            self.count += number
+            extend(number, fresh)
 
     def _blocked_until(self, now: float) -> float:
         """Return for how long frames had to wait so far, seconds."""
@@ -171,7 +177,11 @@ class Lanes:
     @asynccontextmanager
     async def _opened(self, number: int, door: str, secret: str, *, fresh: bool) -> AsyncIterator[tuple[Channel, ...]]:
         async with self._primary.more(number, fresh=fresh) as channels:
-            await asyncio.gather(*(_join(channel, door, secret) for channel in channels))
+            try:
+                async with asyncio.timeout(_PATIENCE):
+                    await asyncio.gather(*(_join(channel, door, secret) for channel in channels))
+            except TimeoutError:
+                raise LinkError(f"a lane's process did not answer within {_PATIENCE:.0f} s") from None
             self._say(f"{self.count} lanes at {self.rtt * 1e3:.0f} ms, packing with {self._weigher.method}")
             yield channels
 

@@ -32,14 +32,16 @@ _MARK_SECONDS = 2.0
 
 
 class Flight:
-    """Writes in flight on all replicas of a worker: what bounds its memory."""
+    """Writes in flight on all replicas of a worker, which bounds its memory; `taken` counts those begun so far."""
 
     def __init__(self) -> None:
+        self.taken = 0
         self._bytes = self._writes = 0
         self._landed = asyncio.Event()
 
     def start(self, weight: int) -> None:
         """A write of `weight` bytes begins."""
+        self.taken += 1
         self._bytes += weight
         self._writes += 1
 
@@ -138,8 +140,8 @@ class Writer:
             self._moved.set()
 
     def _fail(self, error: SiphonError) -> None:
-        if self._failed is None:
-            self._failed = error
+        if self._failed is None or (isinstance(error, LinkError) and not isinstance(self._failed, LinkError)):
+            self._failed = error  # what timed out may still be done, whatever else went wrong
             self._tell_failed(error)
 
     def announced(self, segment: int, frames: int, digest: str, checkpoint: Checkpoint) -> None:
@@ -188,7 +190,7 @@ class Writer:
     async def commit(self, total: Checkpoint, source: Origin, patience: float) -> None:
         """See that everything up to `total` is durable and right, then make the snapshot.
 
-        DataError if for `patience` seconds nothing arrives of what is still missing.
+        DataError if for `patience` seconds nothing arrives while something is missing.
         """
         ledger, mark = self._ledger, self._upkeep.mark
         if ledger is None or mark is None or source.snapshot != mark.step.end:
@@ -196,10 +198,13 @@ class Writer:
         while not ledger.complete(total):
             self._check()
             self._moved.clear()
+            taken = self._flight.taken
             try:
                 async with asyncio.timeout(patience):
                     await self._moved.wait()
             except TimeoutError:
+                if self._flight.taken != taken:
+                    continue  # what is missing stands behind other images' data
                 raise DataError(f"the step is not complete: {ledger.checkpoint} is here, {total} was sent") from None
         self._check()
         with self._hanging():
@@ -221,6 +226,8 @@ class Writer:
     async def _close(self) -> None:
         if self._writes:
             await asyncio.wait(self._writes)
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
         if self._failed is None:
             await self.save()
         if isinstance(self._failed, LinkError):

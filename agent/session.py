@@ -110,9 +110,14 @@ class Session:
         if self._welcome is None:
             self._welcome = asyncio.get_running_loop().create_future()
             self.write(greeting(__version__))
-            welcome = await self.asked(m.Hello(run=run, timeout=self._timeout), self.next(), 0)
-            if not isinstance(welcome, m.Welcome):
-                raise DataError(f"the worker answered the greeting with {type(welcome).__name__}")
+            try:
+                welcome = await self.asked(m.Hello(run=run, timeout=self._timeout), self.next(), 0)
+                if not isinstance(welcome, m.Welcome):
+                    raise DataError(f"the worker answered the greeting with {type(welcome).__name__}")
+            except SiphonError as error:
+                self._welcome.set_exception(error)  # for whoever greets after us
+                self._welcome.exception()  # which may be nobody
+                raise
             self._ping()
             self._welcome.set_result(welcome)
             self._welcomed.set()

@@ -99,16 +99,26 @@ class Strand:
             try:
                 answer = await self._answer(request)
             except SiphonError as error:
-                if isinstance(error, LinkError):
-                    error = await explained(self._cluster, error)
-                answer = m.Failure(type(error).__name__, str(error), error.hint)
-            self._send(answer, tag)
+                told = await explained(self._cluster, error) if isinstance(error, LinkError) else error
+                self._send(m.Failure(type(told).__name__, str(told), told.hint), tag)
+                if isinstance(error, LinkError) and not isinstance(request, m.Survey):
+                    # The error keeps what was held alive until the process ends: librbd gives a lock back with its image.
+                    self._abort(error)
+            else:
+                self._send(answer, tag)
+        while not self._requests.empty():
+            # The controller was stopped while it waited for the first answer to this.
+            self._send(m.Done(), self._requests.get_nowait()[0])
 
     async def close(self) -> None:
         """Finish writes in flight, save how far they came, and let go of the image."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            await writer.close()
+            try:
+                await writer.close()
+            except LinkError:
+                self._writer = writer  # with its lock, until the process ends
+                raise
 
     async def _answer(self, request: m.Any) -> m.Message:
         match request:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -37,7 +38,9 @@ async def _to_its_end(future: asyncio.Future[T]) -> T:
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        await asyncio.wait([future])
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):  # a second one changes nothing: the first is let through
+                await asyncio.wait([future])
         if not future.cancelled():
             future.exception()  # seen: what was cancelled has nobody to tell it to
         raise

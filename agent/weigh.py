@@ -6,7 +6,6 @@ how much of this host's processors was idle, and how many bytes went out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from agent.compression import RAW, Method
@@ -81,7 +80,7 @@ class Growth:
         """Return how many lanes to have once the first one is full; `rtt` in seconds."""
         if self._fixed is not None:
             return self._fixed
-        return max(1, min(MOST_LANES // 2, math.ceil(rtt * _HOPED / WINDOW)))
+        return max(1, min(MOST_LANES // 2, round(rtt * _HOPED / WINDOW)))
 
     def look(self, look: Look, lanes: int, rtt: float) -> int:
         """Return how many lanes to have: more as long as the last ones helped, and windows are what bounds them."""

@@ -30,13 +30,14 @@ _LAST_GRACE = 10.0
 
 
 class Worker:
-    """One conversation with one controller."""
+    """One conversation with one controller; `hanging` once an operation timed out that may still be done."""
 
     def __init__(self, cluster: Cluster, stdio: Stdio, hello: m.Hello, say: Callable[[str], None]) -> None:
         self._cluster = cluster
         self._stdio = stdio
         self._run = hello.run
         self._say = say
+        self.hanging = False
         self._door = Door()
         self._flight = Flight()
         self._strands: dict[int, Strand] = {}
@@ -61,12 +62,20 @@ class Worker:
             with ungrouped():
                 async with asyncio.TaskGroup() as closing:
                     for strand in self._strands.values():
-                        closing.create_task(strand.close())
+                        closing.create_task(self._closed(strand))
+
+    async def _closed(self, strand: Strand) -> None:
+        try:
+            await strand.close()
+        except LinkError:
+            self.hanging = True
+            raise
 
     async def _survive(self) -> None:
         await self._broken
 
     def _abort(self, error: SiphonError) -> None:
+        self.hanging = True
         if not self._broken.done():
             self._broken.set_exception(error)
 
@@ -175,8 +184,8 @@ async def run_worker(settings: ClusterSettings, stdio: Stdio, first: tuple[int, 
             await worker.serve(tag)
     except SiphonError as error:
         code = error.exit_code
-        hanging = isinstance(error, LinkError)
-        if hanging:
+        hanging = worker.hanging or isinstance(error, LinkError)
+        if isinstance(error, LinkError):
             error = await explained(cluster, error)
         say(f"worker ends: {error}")
         with contextlib.suppress(OSError):

@@ -304,3 +304,21 @@ def test_unchecked_refuses_what_rbd_refuses_before_it_writes(pair: Pair, far: li
     again = command("import-diff", chain.files["b"], chain.spec, "--unchecked", *far)
     assert again.returncode == 3
     assert pair.target.digest(chain.copy) == pair.source.digest(chain.name, "c")
+
+
+def test_a_silent_pipe_does_not_keep_a_refused_import_from_ending(pair: Pair, far: list[str], tmp_path: Path) -> None:
+    chain = Chain(pair, tmp_path, far)
+    pair.target.write(chain.copy, 0, b"somebody else's")
+    words = [SIPHON, "import-diff", "-", chain.spec, *far]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdin is not None
+        assert running.stderr is not None
+        running.stdin.write(Path(chain.files["b"]).read_bytes()[:3000])
+        running.stdin.flush()  # and nothing more comes
+        try:
+            assert running.wait(20) == 3
+        finally:
+            running.kill()
+        said = running.stderr.read().decode()
+    assert "differs from a" in said
+    assert "Traceback" not in said

@@ -40,6 +40,28 @@ def test_what_a_cancelled_call_returns_is_closed() -> None:
     assert opened.closed
 
 
+def test_a_second_cancellation_does_not_leave_the_call_behind() -> None:
+    go, ended = threading.Event(), []
+
+    def working() -> None:
+        go.wait(5)
+        ended.append(True)
+
+    async def cancelled_twice() -> None:
+        task = asyncio.create_task(blocking(working))
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            task.cancel()
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended
+
+    asyncio.run(cancelled_twice())
+
+
 def test_what_a_call_returns_or_raises_is_passed_on() -> None:
     opened = Opened()
     assert asyncio.run(blocking(lambda: opened)) is opened
