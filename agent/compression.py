@@ -79,13 +79,14 @@ def unpacked(frame: Frame) -> bytes:
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:
-    """Return this thread's compressor: each belongs to one thread, and making one costs more than a small block."""
-    found: dict[int, zstandard.ZstdCompressor] | None = getattr(_own, "compressors", None)
-    if found is None:
-        found = _own.compressors = {}
-    if level not in found:
-        found[level] = zstandard.ZstdCompressor(level=level)
-    return found[level]
+    """Return this thread's compressor: each belongs to one thread, and making one costs more than a small block.
+
+    One level is kept: the higher ones hold tens of megabytes.
+    """
+    made: tuple[int, zstandard.ZstdCompressor] | None = getattr(_own, "compressor", None)
+    if made is None or made[0] != level:
+        made = _own.compressor = (level, zstandard.ZstdCompressor(level=level))
+    return made[1]
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
