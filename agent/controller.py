@@ -356,20 +356,28 @@ class Sync:
         return self._result("committed" if self._account.committed else "up-to-date", end.name)
 
     async def _prune(self, session: Far, pool: Pool, replica: Replica, replica_tag: str, pinned: set[int]) -> None:
+        """Remove what is not kept on both sides, at the same time: either waits for its monitors."""
         request = self._request
-        copies = tuple(Snapshot(each.id, each.name, each.size) for each in replica.origins().values())
-        last = max((each.id for each in copies), default=0)
-        there = expendable(copies, replica_tag=replica_tag, keep=request.keep, pinned={last})
-        if there:
-            self._decide(f"removing from the target: {', '.join(each.name for each in there)}")
-            removed = await session.ask(m.Remove(snapshots=tuple(each.id for each in there)), m.Removed)
-            self._account.removed += [f"target@{name}" for name in removed.names]
-            for name, why in removed.kept.items():
-                self._warn(f"snapshot {name} stays at the target: {why}")
-        gone, kept = await blocking(prune_source, pool, request.source.image, replica_tag, request.keep, pinned)
+        at_home = asyncio.ensure_future(blocking(prune_source, pool, request.source.image, replica_tag, request.keep, pinned))
+        try:
+            await self._prune_target(session, replica, replica_tag)
+        finally:
+            gone, kept = await at_home
         self._account.removed += [f"source@{name}" for name in gone]
         for name, why in kept.items():
             self._warn(f"snapshot {name} stays at the source: {why}")
+
+    async def _prune_target(self, session: Far, replica: Replica, replica_tag: str) -> None:
+        copies = tuple(Snapshot(each.id, each.name, each.size) for each in replica.origins().values())
+        last = max((each.id for each in copies), default=0)
+        there = expendable(copies, replica_tag=replica_tag, keep=self._request.keep, pinned={last})
+        if not there:
+            return
+        self._decide(f"removing from the target: {', '.join(each.name for each in there)}")
+        removed = await session.ask(m.Remove(snapshots=tuple(each.id for each in there)), m.Removed)
+        self._account.removed += [f"target@{name}" for name in removed.names]
+        for name, why in removed.kept.items():
+            self._warn(f"snapshot {name} stays at the target: {why}")
 
     def _forget_unsent(self, pool: Pool) -> None:
         """Remove the snapshot that this run took and no step has begun with (blocks)."""

@@ -20,7 +20,7 @@ from agent.session import Connect, Dial, Far, Session, Strand, Transfer, convers
 from agent.threads import unbroken
 
 #: Images under way for each that may send data.
-_UNDER_WAY = 8
+_UNDER_WAY = 16
 
 
 @dataclass(frozen=True)

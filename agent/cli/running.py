@@ -16,7 +16,7 @@ from agent.memory import keep_freed
 T = TypeVar("T")
 
 #: How many blocking calls may be under way: most of them wait for a cluster, many images' at once.
-_THREADS = 64
+_THREADS = 128
 #: How long stopping in good order may take before the process ends at once, seconds.
 GRACE = 4.0
 
