@@ -313,7 +313,7 @@ def test_a_silent_pipe_does_not_keep_a_refused_import_from_ending(pair: Pair, fa
     with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdin is not None
         assert running.stderr is not None
-        running.stdin.write(Path(chain.files["b"]).read_bytes()[:3000])
+        running.stdin.write(Path(chain.files["b"]).read_bytes()[:20_000])
         running.stdin.flush()  # and nothing more comes
         try:
             assert running.wait(20) == 3
