@@ -181,7 +181,7 @@ def _summary(summary: e.Summary) -> str:
     failed = f", {summary.failed} failed" if summary.failed else ""
     idle = summary.images - summary.committed - summary.failed
     return (
-        f"{summary.images} images: {summary.committed} committed, {idle} up to date{failed}; "
+        f"{summary.images} image(s): {summary.committed} committed, {idle} up to date{failed}; "
         f"read {amount(summary.bytes_read)}, sent {amount(summary.bytes_sent)} in {duration(summary.seconds)}"
     )
 

@@ -123,7 +123,7 @@ def test_bad_input_gets_one_clear_line_and_a_hint(
 
 
 SPECS = [
-    (["vms/", "dr-site:vms-dr"], 2, "names a pool"),
+    (["vms/a/b/", "dr-site:vms-dr"], 2, "names a pool"),
     (["vms/x@", "dr-site:vms-dr"], 2, "without a snapshot's name"),
     (["vms/x", "dr-site"], 2, "is not a target"),
     (["no-such-pool/x", "dr-site:vms-dr"], 2, "there is no pool 'no-such-pool'"),
@@ -143,6 +143,29 @@ def test_a_place_that_is_not_there_is_named(pair: Pair, words: list[str], code: 
     assert done.returncode == code, done.stderr
     assert (said in done.stderr and "→" in done.stderr) or code == 2
     assert "Traceback" not in done.stderr
+
+
+def test_a_pool_ends_with_a_summary_and_choosing_needs_a_pool(pair: Pair) -> None:
+    name = pair.new("pooled")
+    done = command("sync", "vms/", "dr-site:vms-dr", "--include", name, "--exclude", "nothing-*", "--json")
+    assert done.returncode == 0, done.stderr
+    *_, result, summary = json_lines(done.stdout)
+    assert (result["type"], result["image"], result["state"]) == ("result", f"vms/{name}", "committed")
+    assert (summary["type"], summary["images"], summary["committed"], summary["code"]) == ("summary", 1, 1, 0)
+    again = command("sync", "vms/", "dr-site:vms-dr", "--include", name)
+    assert again.stdout.splitlines()[-1].startswith("1 image(s): ")
+    pair.same(name)
+    for words, said in (
+        ([f"vms/{name}", "dr-site:vms-dr", "--include", "a*"], "choose among a pool's images"),
+        (["vms/", "dr-site:vms-dr", "--include", "no-such-*"], "no image of vms matches"),
+        ([f"vms/{name}", "dr-site:vms-dr", "--lanes", "99"], "there cannot be '99' lanes"),
+        ([f"vms/{name}", "dr-site:vms-dr", "--compress", "gzip"], "there is no compression"),
+        ([f"vms/{name}", "dr-site:vms-dr", "--bwlimit", "fast"], "is no limit"),
+        ([f"vms/{name}", "dr-site:vms-dr", "--worker", "rbd", "--lanes", "4"], "one uncompressed stream"),
+    ):
+        wrong = command("sync", *words)
+        assert wrong.returncode == 2, wrong.stderr
+        assert said in wrong.stderr
 
 
 def test_the_line_that_pins_a_host_key_pins_it(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> None:
