@@ -14,7 +14,7 @@ from agent.wire import Codec
 #: From a link that outruns the processors to one that leaves them idle.
 LADDER = (RAW, Method(Codec.LZ4), *(Method(Codec.ZSTD, level) for level in (1, 3, 5, 7, 9)))
 #: To a site farther away than this (seconds) blocks are always packed, by zstd:1 at least: such a link is hardly ever
-#: faster, and what SSH costs the processors for a byte saved is more than zstd:1 does (measured at 100 ms and 1 Gbit/s).
+#: faster (at 100 ms and 1 Gbit/s, on two cores, a first copy took 5.8 s so and 7.7 s raw).
 _FAR = 0.005
 _FAR_RUNG = LADDER.index(Method(Codec.ZSTD, 1))
 #: The window that OpenSSH's server gives a channel, bytes; it bounds what one lane has under way.
