@@ -74,7 +74,7 @@ class Decision(Event, frozen=True, tag="decision"):
 
 
 class Result(Event, frozen=True, tag="result"):
-    """The run is over and the replica holds `end`."""
+    """The run is over and the replica holds `end`; `bytes_skipped` were not sent since the target had them (--checksum-skip)."""
 
     state: Literal["committed", "up-to-date", "planned"]
     image: str
@@ -87,6 +87,7 @@ class Result(Event, frozen=True, tag="result"):
     attempts: int
     seconds: float
     steps: int = 0
+    bytes_skipped: int = 0
     removed: tuple[str, ...] = ()
 
 
@@ -108,6 +109,7 @@ class Summary(Event, frozen=True, tag="summary"):
     bytes_read: int
     bytes_sent: int
     seconds: float
+    bytes_skipped: int = 0
 
 
 def about(event: Event, image: str) -> Event:

@@ -146,5 +146,6 @@ async def sync_all(requests: list[Request], home: Home, dial: Dial, observer: e.
         code=0 if not codes else codes[0] if len(set(codes)) == 1 else 1,
         bytes_read=sum(each.bytes_read for each in results),
         bytes_sent=sum(each.bytes_sent for each in results),
+        bytes_skipped=sum(each.bytes_skipped for each in results),
         seconds=round(asyncio.get_running_loop().time() - began, 3),
     )

@@ -131,6 +131,22 @@ class Durable(Message, frozen=True):
     checkpoint: Checkpoint
 
 
+class Compare(Message, frozen=True):
+    """Which of these extents, each at most some tens of KiB, hold already what they are to hold? Answered by `Compared`.
+
+    `names` are those of agent/sameness.py, one behind the other.
+    """
+
+    extents: tuple[tuple[int, int], ...]
+    names: bytes
+
+
+class Compared(Message, frozen=True):
+    """A byte for each extent: 1 where it holds that content, durably."""
+
+    equal: bytes
+
+
 class Commit(Message, frozen=True):
     """Everything was sent: compare with this total and make the snapshot. Answered by `Seen`."""
 
@@ -187,6 +203,8 @@ Any = (
     | Begun
     | Checkpointed
     | Durable
+    | Compare
+    | Compared
     | Commit
     | Remove
     | Removed

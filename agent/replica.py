@@ -17,9 +17,10 @@ from agent.errors import DataError, LinkError, SiphonError, UsageError
 from agent.holding import Holding
 from agent.ledger import Ledger
 from agent.model import Checkpoint, Origin, Replica, Step
+from agent.sameness import NAME, each_name, names
 from agent.threads import blocking, unbroken
 from agent.upkeep import Upkeep, ordered
-from agent.wire import Codec, Frame, Kind
+from agent.wire import MAX_PAYLOAD, Codec, Frame, Kind
 
 #: Writes in flight, bytes and operations: what bounds the worker's memory.
 _FLIGHT_BYTES = 32 << 20
@@ -143,6 +144,21 @@ class Writer:
         if self._failed is None or (isinstance(error, LinkError) and not isinstance(self._failed, LinkError)):
             self._failed = error  # what timed out may still be done, whatever else went wrong
             self._tell_failed(error)
+
+    async def compare(self, extents: tuple[tuple[int, int], ...], wanted: bytes) -> bytes:
+        """Return a byte for each extent, 1 where it holds what is named in `wanted` (agent/sameness.py)."""
+        mark = self._upkeep.mark
+        if self._ledger is None or mark is None:
+            raise UsageError("a comparison was asked for outside a step")
+        end = max((at + count for at, count in extents), default=0)
+        total = sum(count for _, count in extents)
+        if end > mark.step.end.size or total > MAX_PAYLOAD or len(wanted) != len(extents) * NAME:
+            raise DataError(
+                f"{len(extents)} extents of {total} bytes up to {end} cannot be compared with {len(wanted)} bytes of names"
+            )
+        there = await asyncio.gather(*(self._image.read(at, count) for at, count in extents))
+        ours = await blocking(names, there)
+        return bytes(mine == theirs for mine, theirs in zip(each_name(ours), each_name(wanted), strict=True))
 
     def announced(self, segment: int, frames: int, digest: str, checkpoint: Checkpoint) -> None:
         """The controller said what a segment holds."""

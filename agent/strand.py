@@ -133,6 +133,8 @@ class Strand:
                 return await self._create(request)
             case m.Begin():
                 return m.Begun(await self._held.begin(request.step, discard=request.discard))
+            case m.Compare():
+                return m.Compared(await self._held.compare(request.extents, request.names))
             case m.Commit():
                 await self._held.commit(request.checkpoint, request.origin, self._patience)
                 return m.Seen(self._held.replica)

@@ -194,9 +194,10 @@ def _result(result: e.Result) -> str:
         return f"{where}: up to date at {result.end} ({duration(result.seconds)})"
     resumed = f", resumed at {amount(result.resumed_from)}" if result.resumed_from else ""
     tries = f", {result.attempts} attempts" if result.attempts > 1 else ""
+    skipped = f", {amount(result.bytes_skipped)} were there already" if result.bytes_skipped else ""
     return (
         f"{where}: committed {result.end} (from {result.base or 'nothing'}): read {amount(result.bytes_read)}, "
-        f"sent {amount(result.bytes_sent)} in {duration(result.seconds)}{resumed}{tries}"
+        f"sent {amount(result.bytes_sent)} in {duration(result.seconds)}{skipped}{resumed}{tries}"
     )
 
 

@@ -76,6 +76,14 @@ Compress = Annotated[
         rich_help_panel=_TRANSFER,
     ),
 ]
+ChecksumSkip = Annotated[
+    bool,
+    typer.Option(
+        "--checksum-skip",
+        help="Ask the target first which changed blocks it has already, and send the others; for a thin link, and while it pays.",
+        rich_help_panel=_TRANSFER,
+    ),
+]
 BwLimit = Annotated[
     str,
     typer.Option(

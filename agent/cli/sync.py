@@ -11,6 +11,7 @@ import typer
 from agent import events as e
 from agent.cli.options import (
     BwLimit,
+    ChecksumSkip,
     Compress,
     Conf,
     Id,
@@ -80,6 +81,7 @@ def sync(
         float, typer.Option(min=1, max=86_400, help="Seconds after which a silent site or cluster is given up.")
     ] = 60.0,
     attempts: Annotated[int, typer.Option(min=1, help="Attempts in a row that may fail without progress.")] = 6,
+    checksum_skip: ChecksumSkip = False,
     compress: Compress = "auto",
     lanes: Lanes = "auto",
     bwlimit: BwLimit = "0",
@@ -118,6 +120,7 @@ def sync(
             cluster=ClusterSettings(conf, cluster, user, keyring).completed(os.environ),
             keep=keep,
             intermediate=intermediate,
+            checksum_skip=checksum_skip,
             accept=Accept.ROLLBACK if rollback else Accept.RECREATE if recreate else Accept.NOTHING,
             data_pool=data_pool,
             dry_run=dry_run,
@@ -134,7 +137,7 @@ def sync(
                 "--rollback and --recreate exclude each other",
                 "--rollback keeps the replica, --recreate does not",
             ),
-            (stock and (compress not in ("auto", "none") or lanes not in ("auto", "1")), *_ONE_STREAM),
+            (stock and (checksum_skip or compress not in ("auto", "none") or lanes not in ("auto", "1")), *_ONE_STREAM),
             (whole is None and bool(include or exclude), "--include and --exclude choose among a pool's images", "write pool/"),
         )
         way = Way(
@@ -160,7 +163,10 @@ def sync(
     leave(code)
 
 
-_ONE_STREAM = ("Ceph's own tools take one uncompressed stream", "leave --compress and --lanes out, or do without --worker rbd")
+_ONE_STREAM = (
+    "Ceph's own tools take one uncompressed stream",
+    "leave --compress, --lanes and --checksum-skip out, or do without --worker rbd",
+)
 
 
 def _refuse(*cases: tuple[bool, str, str]) -> None:
