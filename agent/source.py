@@ -9,7 +9,8 @@ and leaves zeros out. In an increment zeros are told, since the base may hold da
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from agent.zeros import runs
 
 #: How much an exact diff looks at, one round trip an object (bytes).
 _EXACT = 1 << 30
+#: How many exact diffs are under way: each waits for a round trip or two.
+_LOOKS = 8
 #: Largest read (bytes); reads also end at multiples of it.
 _READ = 2 << 20
 #: Reads in flight or read and not yet taken: bytes and number.
@@ -41,12 +44,13 @@ class Piece:
 
 @dataclass(slots=True)
 class Tally:
-    """What a reader has found so far: bytes that are known to be changed, and bytes read of them."""
+    """What a reader has found so far: bytes that are known to be changed, read of them, and not sent since the target has them."""
 
     known: int = 0
     extents: int = 0
     read: int = 0
     walked: int = 0
+    equal: int = 0
 
 
 def observe(pool: Pool, spec: ImageSpec, fsid: str) -> Source:
@@ -97,11 +101,10 @@ async def changed(
         if base is None:
             yield objects
         else:
-            for offset, length, _ in objects:
-                for at, count in pieces(offset, length, step):
-                    exact = await blocking(image.diff, at, count, name, whole_object=False)
-                    tally.known += exact.bytes - count
-                    yield exact
+            inside = ((at, count) for offset, length, _ in objects for at, count in pieces(offset, length, step))
+            async for exact, count in _exact(image, name, inside):
+                tally.known += exact.bytes - count
+                yield exact
         tally.walked = window + span
 
 
@@ -123,9 +126,32 @@ async def listed(image: Image, base: Snapshot | None, end: Snapshot | None, *, w
         sets = [(window, span)]
         if trusted:
             sets = _sets(await blocking(image.diff, window, span, name, whole_object=True), period, size)
-        for start, length in sets:
-            for at, count in pieces(start, length, step):
-                yield await blocking(image.diff, at, count, name, whole_object=False, join=False)
+        inside = ((at, count) for start, length in sets for at, count in pieces(start, length, step))
+        async for exact, _ in _exact(image, name, inside, join=False):
+            yield exact
+
+
+async def _exact(
+    image: Image, base: str | None, ranges: Iterable[tuple[int, int]], *, join: bool = True
+) -> AsyncIterator[tuple[Extents, int]]:
+    """Yield what changed in each of `ranges` and how long that is, in their order; several are looked at at a time."""
+    under_way: deque[tuple[asyncio.Task[Extents], int]] = deque()
+    try:
+        for at, count in ranges:
+            if len(under_way) == _LOOKS:
+                task, length = under_way.popleft()
+                yield await task, length
+            look = blocking(image.diff, at, count, base, whole_object=False, join=join)
+            under_way.append((asyncio.get_running_loop().create_task(look), count))
+        while under_way:
+            task, length = under_way.popleft()
+            yield await task, length
+    finally:
+        # Nobody may close the image under a look that is still under way.
+        for task, _ in under_way:
+            task.cancel()
+        if under_way:
+            await asyncio.wait([task for task, _ in under_way])
 
 
 def _sets(objects: Extents, period: int, size: int) -> list[tuple[int, int]]:
