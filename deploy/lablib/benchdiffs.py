@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
-from .lab import Lab
-from .measure import Case, drop, shell, timed
-from .say import note, run, step
+from .demo import MIB, patch
+from .measure import IMAGE, Bench, Case, drop, shell, timed
+from .say import note, run
 
-IMAGE, THIN = "vms/bench", "vms/thin"
+THIN = "vms/thin"
 
 
-def diff_cases(lab: Lab, rounds: int, *, thin: bool) -> list[Case]:
-    """Run the cases; `thin` says whether the thin image is one that takes stock rbd minutes."""
-    cases = []
-    if thin:
-        words = f"--from-snap a {THIN}@b"
-        cases.append(_beside(lab, f"diff {words}", "diff of the thin image", 1, "| sha256sum"))
-        cases.append(_beside(lab, f"export-diff {words} -", "export-diff of the thin image", 1, "| wc -c"))
-    cases.append(_beside(lab, f"export-diff {IMAGE}@a -", "export-diff, ext4 image, to a pipe", rounds, "| wc -c"))
-    cases.append(_import(lab, rounds))
-    cases.append(_merge(lab, rounds))
+def diff_cases(bench: Bench, *, thin: bool) -> dict[str, Callable[[], Case]]:
+    """Return the cases by name; `thin` asks for those of the thin image, which must have been made by its own case."""
+    cases: dict[str, Callable[[], Case]] = {
+        "export-diff": partial(_beside, bench, f"export-diff {IMAGE}@a -", "export-diff, ext4 image, to a pipe", "| wc -c"),
+        "import-diff": partial(_import, bench),
+        "merge-diff": partial(_merge, bench),
+    }
+    if thin and not bench.quick:
+        once, words = replace(bench, rounds=1), f"--from-snap a {THIN}@b"
+        cases["thin-diff"] = partial(_beside, once, f"diff {words}", "diff of the thin image", "| sha256sum")
+        cases["thin-export"] = partial(_beside, once, f"export-diff {words} -", "export-diff of the thin image", "| wc -c")
     return cases
 
 
-def _beside(lab: Lab, words: str, name: str, rounds: int, into: str) -> Case:
+def _beside(bench: Bench, words: str, name: str, into: str) -> Case:
     case = Case(name)
-    step(name)
+    lab = bench.lab
+    if IMAGE in words:
+        bench.image()
     out: dict[str, str] = {}
 
     def one(program: str) -> None:
         out[program] = run(["bash", "-o", "pipefail", "-c", f"{program} {words} {into}"], env=lab.environment, timeout=600)
 
-    for _ in range(rounds):
+    for _ in range(bench.rounds):
         case.ours.append(timed(lambda: one("rbd-siphon")))
         case.stock.append(timed(lambda: one("rbd --no-progress" if "export" in words else "rbd")))
         note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
@@ -42,9 +48,10 @@ def _beside(lab: Lab, words: str, name: str, rounds: int, into: str) -> Case:
     return case
 
 
-def _import(lab: Lab, rounds: int) -> Case:
+def _import(bench: Bench) -> Case:
     case = Case("import-diff, ext4 image, from a pipe")
-    step(case.name)
+    lab = bench.lab
+    bench.image()
     file = lab.home / "bench.diff"
     shell(lab, f"rbd export-diff --no-progress {IMAGE}@a - > {shlex.quote(str(file))}")
     target = f"--conf {shlex.quote(str(lab.target.conf))}"
@@ -52,7 +59,7 @@ def _import(lab: Lab, rounds: int) -> Case:
     def into(program: str, replica: str) -> Callable[[], None]:
         return lambda: shell(lab, f"cat {shlex.quote(str(file))} | {program} {target} - {replica}")
 
-    for _ in range(rounds):
+    for _ in range(bench.rounds):
         for program, replica, seconds in (
             ("rbd-siphon import-diff", "vms-dr/diff-ours", case.ours),
             ("rbd import-diff --no-progress", "vms-dr/diff-stock", case.stock),
@@ -68,12 +75,16 @@ def _import(lab: Lab, rounds: int) -> Case:
     return case
 
 
-def _merge(lab: Lab, rounds: int) -> Case:
+def _merge(bench: Bench) -> Case:
     case = Case("merge-diff, ext4 image and an increment")
-    step(case.name)
+    lab = bench.lab
+    bench.image()
+    patch(lab, IMAGE, [(at * 7 * MIB, os.urandom(4096)) for at in range(256)])
+    lab.source.rbd("snap", "create", f"{IMAGE}@merge")
     first, second, out = (shlex.quote(str(lab.home / name)) for name in ("bench.diff", "bench-2.diff", "bench-out.diff"))
-    shell(lab, f"rbd export-diff --no-progress --from-snap a {IMAGE}@i0 - > {second}")
-    for _ in range(rounds):
+    shell(lab, f"rbd export-diff --no-progress {IMAGE}@a - > {first}")
+    shell(lab, f"rbd export-diff --no-progress --from-snap a {IMAGE}@merge - > {second}")
+    for _ in range(bench.rounds):
         for program, seconds in (("rbd-siphon merge-diff --force", case.ours), ("rbd merge-diff --no-progress", case.stock)):
             shell(lab, f"rm -f {out}; sync")
             seconds.append(timed(lambda program=program: shell(lab, f"{program} {first} {second} - | cat > {out}")))  # type: ignore[misc]  # bound now

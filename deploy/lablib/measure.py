@@ -7,18 +7,54 @@ import json
 import os
 import random
 import resource
+import shlex
 import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from .ceph import Cluster
+from .demo import MIB, ext4_image, patch
 from .lab import Lab
 from .say import LabError, run
+
+#: The images that most cases are about, each with a snapshot `a`.
+IMAGE, NOISE = "vms/bench", "vms/noise"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A run of the bench, and the images that its cases share: each is made once, by the first case that wants it."""
+
+    lab: Lab
+    rounds: int
+    quick: bool
+
+    @property
+    def noise_size(self) -> int:
+        """The size of the incompressible image, MiB."""
+        return 64 if self.quick else 512
+
+    @cache  # noqa: B019  # there is one bench a process
+    def image(self) -> None:
+        """Make the image with an ext4 file system."""
+        drop(self.lab.source, IMAGE)
+        self.lab.source.rbd("import", str(ext4_image(self.lab)), IMAGE)
+        self.lab.source.rbd("snap", "create", f"{IMAGE}@a")
+
+    @cache  # noqa: B019  # there is one bench a process
+    def noise(self) -> None:
+        """Make the incompressible image."""
+        drop(self.lab.source, NOISE)
+        self.lab.source.rbd("create", "--size", f"{self.noise_size}M", NOISE)
+        for at in range(0, self.noise_size, 16):
+            patch(self.lab, NOISE, [(at * MIB, os.urandom(16 * MIB))])
+        self.lab.source.rbd("snap", "create", f"{NOISE}@a")
 
 
 @dataclass
@@ -127,6 +163,23 @@ def _peak(pid: int) -> int:
 def shell(lab: Lab, command: str) -> None:
     """Run a command of stock tools."""
     run(["bash", "-o", "pipefail", "-c", command], env=lab.environment, timeout=900)
+
+
+@contextlib.contextmanager
+def quick_rounds(lab: Lab) -> Iterator[None]:
+    """Have the monitors commit at once while images are prepared."""
+    for cluster in (lab.source, lab.target):
+        cluster.ceph("config", "set", "mon", "paxos_propose_interval", "0.05")
+    try:
+        yield
+    finally:
+        for cluster in (lab.source, lab.target):
+            cluster.ceph("config", "rm", "mon", "paxos_propose_interval")
+
+
+def host(config: Path) -> str:
+    """Return the words of a shell that reach the target's host."""
+    return f"ssh -F {shlex.quote(str(config))} dr-site"
 
 
 def drop(cluster: Cluster, image: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from .ports import LOOPBACK
 
-CHUNK = 64 << 10
+CHUNK = 256 << 10
 
 
 @dataclass
