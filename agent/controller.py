@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from time import monotonic
 
 import msgspec
@@ -56,6 +57,7 @@ class _Account:
     attempt: int = 0
     fruitless: int = 0
     read: int = 0
+    equal: int = 0
     sites: list[Far] = field(default_factory=list)
     committed: list[Step] = field(default_factory=list)
     resumed_from: int | None = None
@@ -150,6 +152,7 @@ class Sync:
         try:
             async with self._dial(self._warn) as session:
                 self._account.sites.append(session)
+                opening.add_done_callback(partial(_foretell, session))
                 welcome = await session.hello(self._run)
                 home = await asyncio.shield(opening)
                 for trouble in welcome.trouble:
@@ -244,6 +247,7 @@ class Sync:
 
     async def _create(self, session: Far, pool: Pool, source: Source, end: Snapshot) -> Replica:
         shape, metadata = await blocking(_layout, pool, source.spec, end)
+        session.expect_much()
         lineage = Lineage(source.identity, str(source.spec), _now())
         created = await session.ask(
             m.Create(
@@ -274,13 +278,14 @@ class Sync:
         try:
             async with self._progress(session, step, place, tally, start):
                 async with self._streaming:
-                    total = await send_step(session, image, step, start, tally)
+                    total = await send_step(session, image, step, start, tally, skip=self._request.checksum_skip)
                 # What was read is the snapshot's content only if the snapshot is still there.
                 await blocking(require, pool, source.spec, step.base, step.end)
                 origin = Origin(source.identity, step.end, _now())
                 seen = await session.ask(m.Commit(checkpoint=total, origin=origin), m.Seen)
         finally:
             self._account.read += tally.read
+            self._account.equal += tally.equal
             await blocking(image.close)
         if seen.replica is None:
             raise DataError("the worker committed a step and then had no replica")
@@ -397,6 +402,7 @@ class Sync:
             end=end,
             bytes_read=account.read,
             bytes_sent=account.sent,
+            bytes_skipped=account.equal,
             resumed_from=account.resumed_from,
             attempts=account.attempt,
             seconds=account.seconds,
@@ -411,6 +417,12 @@ class Sync:
 
     def _decide(self, message: str) -> None:
         self._observer.emit(e.Decision(message=message))
+
+
+def _foretell(session: Far, opened: asyncio.Task[Home]) -> None:
+    """Tell of a first copy while the worker is still being started, if one is to be expected."""
+    if not opened.cancelled() and opened.exception() is None and opened.result().first:
+        session.expect_much()
 
 
 def _now() -> str:

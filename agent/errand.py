@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from agent.cluster import Cluster, Pool
@@ -11,6 +11,7 @@ from agent.errors import NotFoundError, SiphonError
 from agent.model import Snapshot, Source
 from agent.names import is_unfinished
 from agent.plan import Accept
+from agent.release import is_confirmed
 from agent.settings import ClusterSettings
 from agent.source import observe
 from agent.spec import SourceSpec, TargetSpec
@@ -25,6 +26,7 @@ class Request:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     keep: int = 3
     intermediate: bool = False
+    checksum_skip: bool = False
     accept: Accept = Accept.NOTHING
     data_pool: str = ""
     dry_run: bool = False
@@ -39,10 +41,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Home:
-    """The source site, opened."""
+    """The source site, opened; `first` says that the target is not known to have a copy of the image."""
 
     cluster: Cluster
     pool: Pool
+    first: bool = False
 
 
 def open_source(request: Request) -> Home:
@@ -51,10 +54,10 @@ def open_source(request: Request) -> Home:
     home = open_pool(request.cluster, request.timeout, spec.pool, spec.namespace)
     try:
         observe(home.pool, spec, home.cluster.fsid)
+        return replace(home, first=not is_confirmed(home.pool, spec, str(request.target)))
     except SiphonError:
         home.cluster.close()
         raise
-    return home
 
 
 def open_pool(settings: ClusterSettings, timeout: float, pool: str, namespace: str) -> Home:

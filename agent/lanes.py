@@ -30,14 +30,17 @@ _JOINED = 16 << 10
 _LOOK, _FULL = 0.25, 0.1
 #: How long a lane may take to join, seconds.
 _PATIENCE = 20.0
+#: From how far on (seconds, there and back) lanes are opened on the word of one glance: a busy host looks 10 ms away.
+_LONG = 0.03
 #: Channels a connection: the windows of two are what a TCP connection's own window holds.
 _EACH = 2
 
 
 class Channel(Protocol):
-    """Bytes to and from a process at the far end."""
+    """Bytes to and from a process at the far end; `rtt` is about how long (seconds) an answer takes, as its opening showed."""
 
     sent: int
+    rtt: float
 
     def write(self, data: bytes | memoryview) -> None:
         """Send bytes, without waiting."""
@@ -60,8 +63,7 @@ class Lanes:
 
     def __init__(self, primary: Channel, weigher: Weigher, growth: Growth, pacer: Pacer, say: Callable[[str], None]) -> None:
         self.sent = 0
-        self.rtt = 0.0
-        self.measured = asyncio.Event()
+        self.rtt = primary.rtt
         self.count = 1
         self._primary = primary
         self._weigher = weigher
@@ -76,6 +78,9 @@ class Lanes:
         self._opening = 0
         self._early = False
         self._closed_to_more = False
+        self._measured = False
+        self._news = asyncio.Event()
+        self._door: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
 
     async def put(self, head: bytes, payload: bytes | memoryview) -> None:
         """Send a frame over whichever lane has room; waits while none has."""
@@ -99,6 +104,16 @@ class Lanes:
         """Open what the distance asks for now: once the first lane is full, the others would take a second to come."""
         self._early = True
         self._busy.set()
+        self._news.set()
+
+    def measured(self, rtt: float) -> None:
+        """Take the distance (seconds, there and back) from now on."""
+        self.rtt, self._measured = rtt, True
+        self._news.set()
+
+    def admit(self, door: str, secret: str) -> None:
+        """Take what lanes need to join the worker."""
+        self._door.set_result((door, secret))
 
     async def carry(self, channel: Channel) -> None:
         """Take frames and send them over `channel`, as long as it lives."""
@@ -112,22 +127,22 @@ class Lanes:
             self._budget.give(len(head) + len(payload))
             await channel.drain()
 
-    async def govern(self, door: str, secret: str) -> None:
-        """Look now and then at how the transfer goes, and change what helps it; knows the worker's `door`."""
+    async def govern(self) -> None:
+        """Look now and then at how the transfer goes, and change what helps it."""
         async with asyncio.TaskGroup() as group:
+            while not self._measured:
+                await self._news.wait()
+                self._news.clear()
+                if self._early and self.rtt > _LONG:
+                    self._extend_to(self._growth.first(self.rtt), group)
             idle = Idle()
             loop = asyncio.get_running_loop()
             full = 0.0
-
-            def extend(number: int, fresh: bool) -> None:  # noqa: FBT001  # called as a pair
-                group.create_task(self._extend(number, door, secret, fresh=fresh))
-
-            await self.measured.wait()
             while True:
                 await self._busy.wait()
                 self._busy.clear()
                 if self._early or self._growth.asked:
-                    self._extend_to(self._growth.first(self.rtt), extend)
+                    self._extend_to(self._growth.first(self.rtt), group)
                 at, sent, blocked = loop.time(), self.sent, self._blocked_until(loop.time())
                 idle.share()
                 await asyncio.sleep(_LOOK if full > _FULL else _FULL)
@@ -140,26 +155,27 @@ class Lanes:
                     self._busy.set()
                 if full > _FULL and not self._opening:  # how it goes while lanes come says nothing of how it will
                     self._weigher.look(look)
-                    self._extend_to(max(self._growth.first(self.rtt), self._growth.look(look, self.count, self.rtt)), extend)
+                    wanted = max(self._growth.first(self.rtt), self._growth.look(look, self.count, self.rtt))
+                    self._extend_to(wanted, group)
 
-    def _extend_to(self, wanted: int, extend: Callable[[int, bool], object]) -> None:
+    def _extend_to(self, wanted: int, group: asyncio.TaskGroup) -> None:
         """Open lanes until there are as many as `wanted`, unless some could not be opened."""
         while self.count < wanted and not self._closed_to_more:
             fresh = self.count >= _EACH
             number = min(_EACH if fresh else _EACH - self.count, wanted - self.count)
             self.count += number
-            extend(number, fresh)
+            group.create_task(self._extend(number, fresh=fresh))
 
     def _blocked_until(self, now: float) -> float:
         """Return for how long frames had to wait so far, seconds."""
         return self._blocked + (now - self._blocked_since if self._waiting else 0.0)
 
-    async def _extend(self, number: int, door: str, secret: str, *, fresh: bool) -> None:
+    async def _extend(self, number: int, *, fresh: bool) -> None:
         """Open `number` lanes and send over them."""
         joined = False
         self._opening += 1
         try:
-            async with self._opened(number, door, secret, fresh=fresh) as channels:
+            async with self._opened(number, fresh=fresh) as channels:
                 joined = True
                 self._opening -= 1
                 async with asyncio.TaskGroup() as group:
@@ -175,8 +191,10 @@ class Lanes:
             self._say(f"no more than {self.count} lane(s): {error}")
 
     @asynccontextmanager
-    async def _opened(self, number: int, door: str, secret: str, *, fresh: bool) -> AsyncIterator[tuple[Channel, ...]]:
+    async def _opened(self, number: int, *, fresh: bool) -> AsyncIterator[tuple[Channel, ...]]:
         async with self._primary.more(number, fresh=fresh) as channels:
+            # The connections may stand before the worker does.
+            door, secret = await asyncio.shield(self._door)
             try:
                 async with asyncio.timeout(_PATIENCE):
                     await asyncio.gather(*(_join(channel, door, secret) for channel in channels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.cluster import Pool
+from agent.cluster import Image, Pool
 from agent.errors import SiphonError
 from agent.model import ImageSpec, Snapshot, Value, decode, encode
 from agent.names import PEER_PREFIX
@@ -28,8 +28,18 @@ def confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer) -> set[int]:
     """Record the last common snapshot on the source image; return those of all its replicas (blocks)."""
     with pool.open(spec.image, writable=True) as image:
         image.set_metadata(key, encode(peer))
-        known = [value for name, value in image.metadata().items() if name.startswith(PEER_PREFIX)]
-    return {decode(value, Peer, f"the metadata of {spec}").snapshot.id for value in known}
+        return {each.snapshot.id for each in _peers(image)}
+
+
+def is_confirmed(pool: Pool, spec: ImageSpec, replica: str) -> bool:
+    """Tell whether any snapshot is known to have been confirmed by that replica (blocks)."""
+    with pool.open(spec.image) as image:
+        return any(each.replica == replica for each in _peers(image))
+
+
+def _peers(image: Image) -> list[Peer]:
+    known = [value for name, value in image.metadata().items() if name.startswith(PEER_PREFIX)]
+    return [decode(value, Peer, f"the metadata of {image.spec}") for value in known]
 
 
 def prune_source(pool: Pool, spec: ImageSpec, replica_tag: str, keep: int, pinned: set[int]) -> tuple[list[str], dict[str, str]]:

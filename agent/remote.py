@@ -60,6 +60,7 @@ class SshChannel:
 
     def __init__(self, channel: asyncssh.SSHClientChannel[bytes], say: Callable[[str], None]) -> None:
         self.sent = 0
+        self.rtt = 0.0
         self.opener: Opener | None = None
         self._channel = channel
         self._say = say
@@ -306,9 +307,12 @@ class Shell:
         """Start a command and yield the channel to it, which is closed at the end."""
         self._say(f"ssh {self._host} {command}")
         client = _Client(self._say)
+        began = asyncio.get_running_loop().time()
         with self._explained():
             async with asyncio.timeout(self._timeout):
                 channel, _ = await self._connection.create_session(lambda: client, command, encoding=None)
+        # A channel is opened and then given its command: there and back twice.
+        client.channel.rtt = (asyncio.get_running_loop().time() - began) / 2
         channel.set_write_buffer_limits(_HIGH, _LOW)
         try:
             yield client.channel

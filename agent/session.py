@@ -7,6 +7,7 @@ the link or the worker dies, the body is cancelled and the reason raised in its 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Transfer:
 
 
 class Far(Protocol):
-    """The target site, whatever answers there: requests go out one at a time, and frames in between."""
+    """The target site, whatever answers there: requests are answered in turn, and frames go out in between."""
 
     #: Called with what is durable there, whenever that has moved on.
     durable: Callable[[Checkpoint], None]
@@ -59,6 +60,9 @@ class Far(Protocol):
 
     def tell(self, message: m.Message) -> None:
         """Send a message that is not answered."""
+
+    def expect_much(self) -> None:
+        """Hear that a first copy is coming."""
 
     async def send(self, segment: int, offset: int, length: int, data: memoryview | None) -> int:
         """Send an extent (zeros where `data` is None) and return its checksum; waits while too much is under way."""
@@ -85,9 +89,9 @@ class Session:
         self.lanes = Lanes(channel, self._weigher, Growth(transfer.lanes), self.pacer, say)
         self.packer: Packer | None = None
         self._pings = 0
+        self._rtt = math.inf
         self._pinged = 0.0
         self._welcome: asyncio.Future[m.Welcome] | None = None
-        self._welcomed = asyncio.Event()
         self._receiver = Receiver()
         self._number = 0
         self._waiting: dict[int, asyncio.Future[m.Any]] = {}
@@ -120,7 +124,7 @@ class Session:
                 raise
             self._ping()
             self._welcome.set_result(welcome)
-            self._welcomed.set()
+            self.lanes.admit(welcome.door, welcome.secret)
         return await asyncio.shield(self._welcome)
 
     def _ping(self) -> None:
@@ -130,13 +134,12 @@ class Session:
 
     def _measured(self, rtt: float) -> None:
         """Take the shortest of a few round trips: a busy host answers late."""
-        lanes = self.lanes
-        lanes.rtt = min(lanes.rtt or rtt, rtt)
+        self._rtt = min(self._rtt, rtt)
         if self._pings < _PINGS:
             self._ping()
         else:
-            self._weigher.far(lanes.rtt)
-            lanes.measured.set()
+            self._weigher.far(self._rtt)
+            self.lanes.measured(self._rtt)
 
     def next(self) -> int:
         """Return the number of the next request."""
@@ -165,10 +168,7 @@ class Session:
         """Send data over the channels, and look after them; the conversation's third task."""
         async with asyncio.TaskGroup() as group, packing(self.lanes, self._weigher, group) as self.packer:
             group.create_task(self.lanes.carry(self._channel))
-            await self._welcomed.wait()
-            assert self._welcome is not None
-            welcome = self._welcome.result()
-            await self.lanes.govern(welcome.door, welcome.secret)
+            await self.lanes.govern()
 
     async def read_all(self) -> None:
         """Read until the other side is gone, which is an error; the conversation's reading task."""
@@ -233,7 +233,7 @@ class Session:
 
 
 class Strand:
-    """The part of a conversation that is about one image: requests, one at a time, and the data of its steps."""
+    """The part of a conversation that is about one image: requests, answered in turn, and the data of its steps."""
 
     def __init__(self, session: Session, number: int) -> None:
         self.durable: Callable[[Checkpoint], None] = lambda _: None
@@ -241,7 +241,7 @@ class Strand:
         self._session = session
         self._number = number
         self._step = 0
-        self._asking: asyncio.Task[m.Any] | None = None
+        self._asking: set[asyncio.Task[m.Any]] = set()
         self._error: SiphonError | None = None
         self._closed = False
 
@@ -260,17 +260,16 @@ class Strand:
         number = self._session.next()
         if isinstance(request, m.Begin):
             self._step = number
-        if isinstance(request, m.Create):
-            self._session.lanes.expect_much()
-        self._asking = asyncio.ensure_future(self._session.asked(request, number, self._number))
+        asking = asyncio.ensure_future(self._session.asked(request, number, self._number))
+        self._asking.add(asking)
         try:
-            answer = await self._asking
+            answer = await asking
         except asyncio.CancelledError:
-            self._asking.cancel()
+            asking.cancel()
             self._check()
             raise
         finally:
-            self._asking = None
+            self._asking.discard(asking)
         if not isinstance(answer, kind):
             raise DataError(f"the worker answered {type(request).__name__} with {type(answer).__name__}")
         self._closed = isinstance(request, m.Close)
@@ -279,6 +278,10 @@ class Strand:
     def tell(self, message: m.Message) -> None:
         """Send a message that is not answered."""
         self._session.write(control(0, m.pack(message), self._number), self._number)
+
+    def expect_much(self) -> None:
+        """Hear that a first copy is coming."""
+        self._session.lanes.expect_much()
 
     async def send(self, segment: int, offset: int, length: int, data: memoryview | None) -> int:
         """Send an extent (zeros where `data` is None) and return its checksum; waits while too much is under way."""
@@ -300,8 +303,8 @@ class Strand:
     def failed(self, error: SiphonError) -> None:
         """Something went wrong at the other end beside a request: whoever waits or sends next hears of it."""
         self._error = self._error or error
-        if self._asking is not None:
-            self._asking.cancel()
+        for each in self._asking:
+            each.cancel()
 
     def _check(self) -> None:
         if self._error is not None:

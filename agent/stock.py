@@ -235,6 +235,9 @@ class Stock:
         assert isinstance(answer, kind)
         return answer
 
+    def expect_much(self) -> None:
+        """Hear that a first copy is coming: there is one channel, whatever comes."""
+
     def tell(self, message: m.Message) -> None:
         """Nothing is durable before all of it is, so there is nothing to be told."""
 

@@ -20,7 +20,7 @@ _FAR_RUNG = LADDER.index(Method(Codec.ZSTD, 1))
 #: The window that OpenSSH's server gives a channel, bytes; it bounds what one lane has under way.
 WINDOW = 2 << 20
 #: What lanes are opened for at first, bytes a second, and how many there may be.
-_HOPED, MOST_LANES = 200e6, 16
+_HOPED, MOST_LANES = 125e6, 16
 #: From which share of its window on a lane is taken to be bounded by it.
 _FULL = 0.6
 #: By what a rate must have grown for more lanes to be worth another try.

@@ -44,7 +44,7 @@ def test_what_the_user_fixed_stays() -> None:
 
 
 def test_lanes_are_as_many_as_the_distance_asks_for() -> None:
-    assert [Growth(None).first(rtt) for rtt in (0.0, 0.001, 0.012, 0.02, 0.05, 0.1, 1.0)] == [1, 1, 1, 2, 5, 8, 8]
+    assert [Growth(None).first(rtt) for rtt in (0.0, 0.001, 0.012, 0.02, 0.05, 0.1, 1.0)] == [1, 1, 1, 1, 3, 6, 8]
 
 
 def test_lanes_grow_while_the_rate_grows_and_windows_bound_it() -> None:
