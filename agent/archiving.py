@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 from agent.archive import Archive, entry_for, now
 from agent.chain import Entry, snapshot_names
@@ -16,9 +17,9 @@ from agent.manifest import Point
 from agent.merge import Header, merged
 from agent.model import ImageSpec, Shape, Snapshot, Source
 from agent.names import PEER_PREFIX, snapshot_name, tag
-from agent.release import Peer, confirm, prune_source, take_snapshot
+from agent.release import Peer, confirm, take_snapshot
 from agent.restoring import Layout, new_image
-from agent.source import observe, require
+from agent.source import observe, require_still
 from agent.spec import SourceSpec
 from agent.store import Store
 from agent.threads import blocking
@@ -55,13 +56,12 @@ async def _push(archive: Archive, cluster: Cluster, pool: Pool, spec: SourceSpec
     try:
         point = Point(end, await blocking(image.taken_at, end.id))
         entry = entry_for(source.identity, str(spec.image), last.end if last and base else None, point)
-        done = await archive.push(image, entry, base, _still(pool, spec.image, base, end), say)
+        done = await archive.push(image, entry, base, partial(require_still, pool, image, base, end), say)
     finally:
         await blocking(image.close)
     peer = Peer(f"archive {which}", end, now())
-    pinned = await blocking(confirm, pool, spec.image, f"{PEER_PREFIX}{place}", peer)
-    if not spec.snapshot:
-        await blocking(prune_source, pool, spec.image, place, 1, pinned | {end.id})
+    keep = 0 if spec.snapshot else 1
+    await blocking(confirm, pool, spec.image, f"{PEER_PREFIX}{place}", peer, replica_tag=place, keep=keep)
     return done
 
 
@@ -77,11 +77,8 @@ async def _end(archive: Archive, pool: Pool, source: Source, spec: SourceSpec, p
     if begun is not None and newer and begun.end.snapshot in source.snapshots:
         return begun.end.snapshot
     name = snapshot_name(datetime.now(UTC), place, secrets.randbits(16))
-    return await blocking(take_snapshot, pool, spec.image, name)
-
-
-def _still(pool: Pool, spec: ImageSpec, base: Snapshot | None, end: Snapshot) -> Callable[[], None]:
-    return lambda: require(pool, spec, base, end)
+    taken, _ = await blocking(take_snapshot, pool, spec.image, name)
+    return taken
 
 
 async def restore_image(

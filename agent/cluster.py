@@ -202,12 +202,13 @@ class Pool:
             return list(rbd.RBD().list(self._ioctx))
 
     def image_id(self, image: str) -> str | None:
-        """Return the id of the image of that name, None if there is none."""
-        try:
-            with _explained(f"opening {self.spec(image)}"), rbd.Image(self._ioctx, image, read_only=True) as opened:
-                return str(opened.id())
-        except NotFoundError:
-            return None
+        """Return the id of the image of that name, None if there is none.
+
+        It is read from where librbd keeps it (`rbd_id.NAME`, a string behind its length, le32): opening an image
+        costs five milliseconds of processor time.
+        """
+        raw, _ = self.read_object(f"rbd_id.{image}")
+        return raw[4:].decode() if raw else None
 
     def open(self, image: str, *, snapshot: int | None = None, writable: bool = False) -> Image:
         """Open an image, at the snapshot of that id if one is given; NotFoundError if it is not there."""

@@ -37,11 +37,11 @@ from agent.model import (
 from agent.names import METADATA_PREFIX, PEER_PREFIX, snapshot_name, tag
 from agent.plan import Accept, Ground, ground, steps
 from agent.rehearsal import rehearse
-from agent.release import Peer, confirm, prune_source, take_snapshot
+from agent.release import Peer, confirm, take_snapshot
 from agent.retention import expendable
 from agent.sender import send_step
 from agent.session import Dial, Far
-from agent.source import Tally, changed, fast, observe, require
+from agent.source import Tally, changed, fast, observe, require, require_still
 from agent.threads import blocking
 
 #: Pauses between attempts: exponential with jitter, seconds.
@@ -183,23 +183,26 @@ class Sync:
             if not await self._changed_since(pool, where.pending.end):
                 return await self._release(session, welcome, pool, replica, where.pending.end)
             where = Ground(base=where.pending.end)
+            source = await blocking(observe, pool, spec, home.cluster.fsid)
         if self._end is None:
-            self._end = await self._choose_end(pool, source, tag(welcome.fsid, target))
-        source = await blocking(observe, pool, spec, home.cluster.fsid)
+            source = await self._choose_end(pool, source, tag(welcome.fsid, target))
+        assert self._end is not None
         if self._end not in source.snapshots:
             raise NotFoundError(f"snapshot {spec}@{self._end.name} (id {self._end.id}) was removed while it was being sent")
         replica = await self._send(session, pool, source, replica, where, self._end)
         return await self._release(session, welcome, pool, replica, self._end)
 
-    async def _choose_end(self, pool: Pool, source: Source, replica_tag: str) -> Snapshot:
-        """Return the snapshot the user named, or take one now."""
+    async def _choose_end(self, pool: Pool, source: Source, replica_tag: str) -> Source:
+        """Settle on the snapshot that the user named, or take one now; return the source as it is then."""
         spec, wanted = self._request.source.image, self._request.source.snapshot
         if wanted:
-            return named(source, wanted)
+            self._end = named(source, wanted)
+            return source
         name = snapshot_name(datetime.now(UTC), replica_tag, secrets.randbits(16))
         self._decide(f"rbd snap create {spec}@{name}")
-        self._taken = await blocking(take_snapshot, pool, spec, name)
-        return self._taken
+        self._taken, snapshots = await blocking(take_snapshot, pool, spec, name)
+        self._end = self._taken
+        return msgspec.structs.replace(source, snapshots=snapshots)
 
     async def _send(
         self,
@@ -274,13 +277,15 @@ class Sync:
             if self._account.resumed_from is None:
                 self._account.resumed_from = start.until
         tally = Tally()
+        version = await blocking(pool.header_version, source.identity.image_id)
         image = await blocking(pool.open, source.spec.image)
         try:
+            await blocking(require, image, step.base, step.end)
             async with self._progress(session, step, place, tally, start):
                 async with self._streaming:
                     total = await send_step(session, image, step, start, tally, skip=self._request.checksum_skip)
                 # What was read is the snapshot's content only if the snapshot is still there.
-                await blocking(require, pool, source.spec, step.base, step.end)
+                await blocking(require_still, pool, image, step.base, step.end, version)
                 origin = Origin(source.identity, step.end, _now())
                 seen = await session.ask(m.Commit(checkpoint=total, origin=origin), m.Seen)
         finally:
@@ -352,25 +357,23 @@ class Sync:
         """Record what is common now, remove what is not needed any more, and let go of the replica."""
         request = self._request
         spec = request.source.image
+        replica_tag = tag(welcome.fsid, request.target.image)
         peer = Peer(str(request.target), end, _now())
-        key = f"{PEER_PREFIX}{tag(welcome.fsid, request.target.image)}"
-        pinned = await blocking(confirm, pool, spec, key, peer)
-        if not request.snapshot_named:
-            await self._prune(session, pool, replica, tag(welcome.fsid, request.target.image), pinned | {end.id})
+        keep = 0 if request.snapshot_named else request.keep
+        # Both sides at the same time: either waits for its monitors.
+        at_home = asyncio.ensure_future(
+            blocking(confirm, pool, spec, f"{PEER_PREFIX}{replica_tag}", peer, replica_tag=replica_tag, keep=keep)
+        )
+        try:
+            if keep:
+                await self._prune_target(session, replica, replica_tag)
+        finally:
+            pruned = await at_home
+        self._account.removed += [f"source@{name}" for name in pruned.gone]
+        for name, why in pruned.kept.items():
+            self._warn(f"snapshot {name} stays at the source: {why}")
         await session.ask(m.Close(), m.Done)
         return self._result("committed" if self._account.committed else "up-to-date", end.name)
-
-    async def _prune(self, session: Far, pool: Pool, replica: Replica, replica_tag: str, pinned: set[int]) -> None:
-        """Remove what is not kept on both sides, at the same time: either waits for its monitors."""
-        request = self._request
-        at_home = asyncio.ensure_future(blocking(prune_source, pool, request.source.image, replica_tag, request.keep, pinned))
-        try:
-            await self._prune_target(session, replica, replica_tag)
-        finally:
-            gone, kept = await at_home
-        self._account.removed += [f"source@{name}" for name in gone]
-        for name, why in kept.items():
-            self._warn(f"snapshot {name} stays at the source: {why}")
 
     async def _prune_target(self, session: Far, replica: Replica, replica_tag: str) -> None:
         copies = tuple(Snapshot(each.id, each.name, each.size) for each in replica.origins().values())

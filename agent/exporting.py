@@ -17,7 +17,7 @@ from agent.imagefile import ImageHeader, header_bytes
 from agent.manifest import Manifest, Point
 from agent.model import ImageIdentity, Snapshot
 from agent.names import METADATA_PREFIX
-from agent.source import Piece, Tally, reading, require
+from agent.source import Piece, Tally, reading, require_still
 from agent.threads import blocking
 
 #: How much is gathered before it is written, bytes: many small records cost one thread's turn.
@@ -89,7 +89,7 @@ async def export_diff(pool: Pool, image: Image, base: Snapshot | None, end: Snap
     await sink.put(encoder.end)
     await sink.flush()
     # What was read is the snapshots' content only if they are still there.
-    await blocking(require, pool, image.spec, base, end)
+    await blocking(require_still, pool, image, base, end)
     return Manifest(
         source=ImageIdentity(fsid, image.id()),
         image=str(image.spec),
@@ -153,7 +153,7 @@ async def export_raw(pool: Pool, image: Image, end: Snapshot | None, out: Writin
     size = end.size if end is not None else await blocking(image.size)
     if size > at:
         await blocking(out.skip, size - at)
-    await blocking(require, pool, image.spec, None, end)
+    await blocking(require_still, pool, image, None, end)
 
 
 async def export_image(pool: Pool, image: Image, end: Snapshot | None, out: Writing) -> None:
@@ -183,7 +183,7 @@ async def export_image(pool: Pool, image: Image, end: Snapshot | None, out: Writ
         base = each
     await sink.flush()
     for each in (*snapshots, end):
-        await blocking(require, pool, image.spec, None, each)
+        await blocking(require_still, pool, image, None, each)
 
 
 @asynccontextmanager

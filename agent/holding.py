@@ -138,13 +138,16 @@ def _amend(pool: Pool, image_id: str, change: Callable[[Guard], Guard]) -> Guard
     raise LockedError(f"{_SWAPS} times in a row another worker wrote {guard_object(image_id)} first")
 
 
-async def settled_footing(pool: Pool, spec: ImageSpec, image_id: str, *, unfinished: bool) -> Footing:
+async def settled_footing(pool: Pool, spec: ImageSpec, image_id: str, *, unfinished: bool, found: Footing | None = None) -> Footing:
     """Return the footing of an image, after a worker of ours that is on its way out had a moment to leave.
+
+    It is the one that was `found` just now, if that shows nobody on his way.
 
     LockedError if a living client that is none of ours owns the lock, or has an image open that is
     in the middle of a step (`unfinished`).
     """
-    found = await _unowned(pool, spec, image_id, _LEAVES_SOON)
+    if found is None or not _is_settled(found):
+        found = await _unowned(pool, spec, image_id, _LEAVES_SOON)
     strangers = found.strangers
     if found.owner in strangers or (strangers and unfinished):
         who = found.owner if found.owner in strangers else ", ".join(strangers)
@@ -160,11 +163,16 @@ async def _unowned(pool: Pool, spec: ImageSpec, image_id: str, patience: float) 
     until = asyncio.get_running_loop().time() + patience
     while True:
         found = await blocking(footing, pool, spec, image_id)
-        leaving = found.guard is not None and found.guard.tenure is not None and found.guard.tenure.state == "releasing"
-        if (hand_of(found.owner, found.guard) is None and not leaving) or asyncio.get_running_loop().time() > until:
+        if _is_settled(found) or asyncio.get_running_loop().time() > until:
             return found
         # librbd tells nobody when a lock is given back: looking again is all there is.
         await asyncio.sleep(_AGAIN)
+
+
+def _is_settled(found: Footing) -> bool:
+    """Tell whether no worker of ours owns the lock or is about to write its last word."""
+    leaving = found.guard is not None and found.guard.tenure is not None and found.guard.tenure.state == "releasing"
+    return hand_of(found.owner, found.guard) is None and not leaving
 
 
 async def take(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from agent.cluster import Image, Pool
 from agent.errors import SiphonError
 from agent.model import ImageSpec, Snapshot, Value, decode, encode
@@ -17,18 +19,40 @@ class Peer(Value, frozen=True):
     confirmed_at: str
 
 
-def take_snapshot(pool: Pool, spec: ImageSpec, name: str) -> Snapshot:
-    """Take a snapshot of the source and return it (blocks)."""
+def take_snapshot(pool: Pool, spec: ImageSpec, name: str) -> tuple[Snapshot, tuple[Snapshot, ...]]:
+    """Take a snapshot of the source; return it, and all there are now (blocks)."""
     with pool.open(spec.image, writable=True) as image:
         image.take_snapshot(name)
-        return next(each for each in image.snapshots() if each.name == name)
+        there = image.snapshots()
+    return next(each for each in there if each.name == name), there
 
 
-def confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer) -> set[int]:
-    """Record the last common snapshot on the source image; return those of all its replicas (blocks)."""
+@dataclass(frozen=True)
+class Pruned:
+    """Names of snapshots that are gone, and of those that stay with the reason."""
+
+    gone: tuple[str, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer, *, replica_tag: str = "", keep: int = 0) -> Pruned:
+    """Record the last common snapshot on the source image; then, if `keep` is given, remove what is not kept (blocks).
+
+    What any of the image's replicas confirmed last stays, as does what `peer` confirms.
+    """
+    gone: list[str] = []
+    kept: dict[str, str] = {}
     with pool.open(spec.image, writable=True) as image:
         image.set_metadata(key, encode(peer))
-        return {each.snapshot.id for each in _peers(image)}
+        pinned = {each.snapshot.id for each in _peers(image)} | {peer.snapshot.id}
+        candidates = expendable(image.snapshots(), replica_tag=replica_tag, keep=keep, pinned=pinned) if keep else ()
+        for each in candidates:
+            try:
+                image.remove_snapshot(each.name)
+                gone.append(each.name)
+            except SiphonError as error:
+                kept[each.name] = str(error)
+    return Pruned(tuple(gone), kept)
 
 
 def is_confirmed(pool: Pool, spec: ImageSpec, replica: str) -> bool:
@@ -40,20 +64,3 @@ def is_confirmed(pool: Pool, spec: ImageSpec, replica: str) -> bool:
 def _peers(image: Image) -> list[Peer]:
     known = [value for name, value in image.metadata().items() if name.startswith(PEER_PREFIX)]
     return [decode(value, Peer, f"the metadata of {image.spec}") for value in known]
-
-
-def prune_source(pool: Pool, spec: ImageSpec, replica_tag: str, keep: int, pinned: set[int]) -> tuple[list[str], dict[str, str]]:
-    """Remove the agent's own snapshots that are not kept (blocks).
-
-    Returns the names that are gone, and those that stay with the reason.
-    """
-    gone: list[str] = []
-    kept: dict[str, str] = {}
-    with pool.open(spec.image, writable=True) as image:
-        for each in expendable(image.snapshots(), replica_tag=replica_tag, keep=keep, pinned=pinned):
-            try:
-                image.remove_snapshot(each.name)
-                gone.append(each.name)
-            except SiphonError as error:
-                kept[each.name] = str(error)
-    return gone, kept

@@ -59,16 +59,26 @@ def observe(pool: Pool, spec: ImageSpec, fsid: str) -> Source:
         return Source(spec, ImageIdentity(fsid, image.id()), image.size(), image.snapshots())
 
 
-def require(pool: Pool, spec: ImageSpec, base: Snapshot | None, end: Snapshot | None) -> None:
-    """See that the snapshots between which was read still exist, by identity; NotFoundError if one is gone (blocks).
-
-    What was read before is true only then: of a removed snapshot librbd returns other versions' data.
-    """
-    with pool.open(spec.image) as image:
-        there = image.snapshots()
+def require(image: Image, base: Snapshot | None, end: Snapshot | None) -> None:
+    """See that the snapshots between which is to be read exist, by identity; NotFoundError if one does not."""
+    there = image.snapshots()
     for each in (base, end):
         if each is not None and each not in there:
-            raise NotFoundError(f"snapshot {spec}@{each.name} (id {each.id}) was removed while it was being sent")
+            raise NotFoundError(f"snapshot {image.spec}@{each.name} (id {each.id}) was removed while it was being sent")
+
+
+def require_still(pool: Pool, image: Image, base: Snapshot | None, end: Snapshot | None, version: int = 0) -> None:
+    """See that what was read is true: its snapshots still exist; NotFoundError if one is gone (blocks).
+
+    Of a removed snapshot librbd returns other versions' data. `version` is the header's from before `image` was opened,
+    if that was looked at: while it is the same, no snapshot has gone.
+    """
+    if pool.header_version(image.id()) == version:
+        return
+    with pool.open(image.spec.image) as again:
+        if again.id() != image.id():
+            raise NotFoundError(f"{image.spec} was removed while it was being sent")
+        require(again, base, end)
 
 
 def fast(image: Image, base: Snapshot | None, end: Snapshot | None) -> bool:

@@ -23,7 +23,7 @@ from agent.holding import settled_footing, take
 from agent.model import Checkpoint, Hand, ImageIdentity, ImageSpec, Replica, Shape, encode
 from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_prefix
 from agent.replica import Flight, Writer, opened
-from agent.survey import described, survey
+from agent.survey import Footing, looked, survey
 from agent.threads import blocking
 from agent.upkeep import is_committed
 from agent.wire import Frame
@@ -179,18 +179,19 @@ class Strand:
     async def _open(self, spec: ImageSpec, source: ImageIdentity, *, discard: bool) -> Replica | None:
         await self.close()
         pool = await blocking(self._pool, spec)
-        if await blocking(pool.image_id, spec.image) is None:
+        image_id = await blocking(pool.image_id, spec.image)
+        if image_id is None:
             return None
-        image = await blocking(pool.open, spec.image)
-        try:
-            seen = await blocking(described, image)
-            if seen.lineage is None or seen.lineage.source != source:
-                return seen
-        finally:
-            await blocking(image.close)
+        seen, first = await blocking(looked, pool, spec, image_id)
+        if seen.image_id != image_id:
+            raise ConflictError(f"{spec} was made anew just now", hint="run the same command again")
+        if seen.lineage is None or seen.lineage.source != source:
+            return seen
         await blocking(self._refuse_full, spec.pool)  # or taking the lock would wait for room
+        glance: Footing | None = first
         while True:
-            found = await settled_footing(pool, spec, seen.image_id, unfinished=seen.mark is not None)
+            found = await settled_footing(pool, spec, image_id, unfinished=seen.mark is not None, found=glance)
+            glance = None
             stand = found.standing if seen.mark else None
             if stand is not None:
                 self._say(
@@ -202,7 +203,7 @@ class Strand:
                 # Taking the lock would make it look as if the content were known.
                 return await survey(pool, spec, source)
             trusted = stand in (None, Standing.RESUMABLE) or committing
-            holding = await take(pool, spec, seen.image_id, found, self._me(), trusted=trusted, say=self._say)
+            holding = await take(pool, spec, image_id, found, self._me(), trusted=trusted, say=self._say)
             if holding is not None:
                 break
         self._writer = await opened(holding, seen, stand, self._flight, self._durable, self.fail)

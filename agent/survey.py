@@ -67,17 +67,22 @@ class Footing(Value, frozen=True):
 
 def footing(pool: Pool, spec: ImageSpec, image_id: str) -> Footing:
     """Read who owns the image's lock, its guard and its header's version (blocks)."""
+    return looked(pool, spec, image_id)[1]
+
+
+def looked(pool: Pool, spec: ImageSpec, image_id: str) -> tuple[Replica, Footing]:
+    """Read everything about an image but its content, and who may write it, as of one moment (blocks)."""
     before = _hands(pool, image_id)
     for _ in range(_LOOKS):
         # Open for reading only: looking must leave no watch that another worker would have to wonder about.
         with pool.open(spec.image) as image:
-            owner, watchers = image.lock_owner(), image.watchers()
+            replica, owner, watchers = described(image), image.lock_owner(), image.watchers()
         after = _hands(pool, image_id)
         if after == before:
             break
         before = after  # hands changed while we looked: what was read belongs to two moments
     (guard, _), version = after
-    return Footing(owner, watchers, guard, version)
+    return replica, Footing(owner, watchers, guard, version)
 
 
 def _hands(pool: Pool, image_id: str) -> tuple[tuple[Guard | None, int], int]:
