@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import aclosing
 from datetime import UTC, datetime
 
 from agent import events as e
@@ -50,8 +51,9 @@ async def _measure(pool: Pool, request: Request, step: Step, *, live: bool) -> T
     image = await blocking(pool.open, request.source.image.image)
     try:
         trusted = await blocking(fast, image, step.base, None if live else step.end)
-        async for extents in changed(image, step.base, 0, step.end.size, tally, trusted=trusted):
-            tally.extents += len(extents)
+        async with aclosing(changed(image, step.base, 0, step.end.size, tally, trusted=trusted)) as found:
+            async for extents in found:
+                tally.extents += len(extents)
     finally:
         await blocking(image.close)
     return tally

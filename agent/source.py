@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from agent.budget import Budget
@@ -93,8 +93,11 @@ def fast(image: Image, base: Snapshot | None, end: Snapshot | None) -> bool:
 
 async def changed(
     image: Image, base: Snapshot | None, start: int, size: int, tally: Tally, *, trusted: bool
-) -> AsyncIterator[Extents]:
-    """Yield what changed since `base` in ascending order, a bounded number of extents at a time."""
+) -> AsyncGenerator[Extents]:
+    """Yield what changed since `base` in ascending order, a bounded number of extents at a time.
+
+    To be closed before the image is (`aclosing`): looks may be under way.
+    """
     name = base.name if base is not None else None
     period = (await blocking(image.shape)).period
     step = max(1, _EXACT // period) * period
@@ -112,17 +115,18 @@ async def changed(
             yield objects
         else:
             inside = ((at, count) for offset, length, _ in objects for at, count in pieces(offset, length, step))
-            async for exact, count in _exact(image, name, inside):
-                tally.known += exact.bytes - count
-                yield exact
+            async with aclosing(_exact(image, name, inside)) as looks:
+                async for exact, count in looks:
+                    tally.known += exact.bytes - count
+                    yield exact
         tally.walked = window + span
 
 
-async def listed(image: Image, base: Snapshot | None, end: Snapshot | None, *, whole_object: bool) -> AsyncIterator[Extents]:
+async def listed(image: Image, base: Snapshot | None, end: Snapshot | None, *, whole_object: bool) -> AsyncGenerator[Extents]:
     """Yield what changed from `base` to `end` (None: the present content) exactly as `rbd diff` lists it, only sooner.
 
     librbd walks an image by sets of objects, so asking it for the sets alone that the object map names
-    gives the same extents in the same order.
+    gives the same extents in the same order. To be closed before the image is (`aclosing`).
     """
     trusted = await blocking(fast, image, base, end)
     name = base.name if base is not None else None
@@ -137,13 +141,14 @@ async def listed(image: Image, base: Snapshot | None, end: Snapshot | None, *, w
         if trusted:
             sets = _sets(await blocking(image.diff, window, span, name, whole_object=True), period, size)
         inside = ((at, count) for start, length in sets for at, count in pieces(start, length, step))
-        async for exact, _ in _exact(image, name, inside, join=False):
-            yield exact
+        async with aclosing(_exact(image, name, inside, join=False)) as looks:
+            async for exact, _ in looks:
+                yield exact
 
 
 async def _exact(
     image: Image, base: str | None, ranges: Iterable[tuple[int, int]], *, join: bool = True
-) -> AsyncIterator[tuple[Extents, int]]:
+) -> AsyncGenerator[tuple[Extents, int]]:
     """Yield what changed in each of `ranges` and how long that is, in their order; several are looked at at a time."""
     under_way: deque[tuple[asyncio.Task[Extents], int]] = deque()
     try:
@@ -213,18 +218,19 @@ class _Reader:
     async def produce(self, start: int) -> None:
         trusted = await blocking(fast, self._image, self._base, self._end)
         size = await blocking(self._image.size)
-        async for extents in changed(self._image, self._base, start, size, self._tally, trusted=trusted):
-            self._tally.extents += len(extents)
-            for offset, length, exists in extents:
-                if offset < self._at:
-                    raise SiphonError(f"librbd lists what changed in {self._image.spec} out of order, at {offset}")
-                self._at = offset + length
-                # What lies below the start is durable; a diff begins at a set of objects.
-                skip = min(length, max(0, start - offset))
-                if exists:
-                    await self._read(offset + skip, length - skip)
-                elif self._base is not None and length > skip:
-                    await self._queue.put((offset + skip, length - skip, None))
+        async with aclosing(changed(self._image, self._base, start, size, self._tally, trusted=trusted)) as found:
+            async for extents in found:
+                self._tally.extents += len(extents)
+                for offset, length, exists in extents:
+                    if offset < self._at:
+                        raise SiphonError(f"librbd lists what changed in {self._image.spec} out of order, at {offset}")
+                    self._at = offset + length
+                    # What lies below the start is durable; a diff begins at a set of objects.
+                    skip = min(length, max(0, start - offset))
+                    if exists:
+                        await self._read(offset + skip, length - skip)
+                    elif self._base is not None and length > skip:
+                        await self._queue.put((offset + skip, length - skip, None))
         await self._queue.put(None)
 
     async def _read(self, offset: int, length: int) -> None:

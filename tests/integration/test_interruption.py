@@ -7,11 +7,13 @@ import random
 import re
 import signal
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from agent import events as e
+from agent.cluster import Image
 from agent.compression import parse_method
 from agent.errors import ConflictError, DataError, LinkError, LockedError, SiphonError
 from agent.plan import Accept
@@ -151,6 +153,46 @@ def test_after_a_finished_step_a_changed_source_is_sent_too(pair: Pair) -> None:
     names = pair.same(name)
     assert len(names) == 2
     assert pair.target.digest(name) == pair.source.digest(name)
+
+
+def test_no_image_is_closed_under_a_look_inside_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way = Counter[int]()
+    wrong: list[int] = []
+    look, close = Image.diff, Image.close
+
+    def slow_look(self: Image, *where: Any, **how: Any) -> Any:
+        under_way[id(self)] += 1
+        try:
+            time.sleep(0.005)
+            return look(self, *where, **how)
+        finally:
+            under_way[id(self)] -= 1
+
+    def watched_close(self: Image) -> None:
+        wrong.append(under_way[id(self)])
+        close(self)
+
+    # Every second object alone: neighbours are looked into at once.
+    name = big(pair, "looks")
+    pair.sync_now(name)
+    with pair.source.image(name) as image:
+        for at in range(0, 24, 2):
+            image.write(random.Random(at).randbytes(64 << 10), at * MIB)
+    monkeypatch.setattr(Image, "diff", slow_look)
+    monkeypatch.setattr(Image, "close", watched_close)
+
+    async def go() -> Run:
+        await interrupted(pair, name, 700_000)
+        with pair.source.image(name) as image:
+            for at in range(0, 24, 2):
+                image.write(b"after the cut", at * MIB)
+        return await pair.sync(name)
+
+    run = asyncio.run(go())
+    assert run.result.steps == 2
+    assert len(wrong) > 4
+    assert not any(wrong), "images were closed while they were looked into"
+    pair.same(name)
 
 
 def test_an_interrupted_run_leaves_no_process_and_no_lock(pair: Pair) -> None:
