@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from types import TracebackType
@@ -28,6 +29,7 @@ from agent.errors import ConflictError, LinkError, NotFoundError, SiphonError, S
 from agent.extents import Extents
 from agent.health import is_full, trouble
 from agent.model import ImageSpec, Shape, Snapshot
+from agent.names import PROBE_OBJECT
 from agent.settings import ClusterSettings
 
 EXCLUSIVE_LOCK: int = rbd.RBD_FEATURE_EXCLUSIVE_LOCK
@@ -189,6 +191,8 @@ class Pool:
 
     def __init__(self, ioctx: Any, name: str, namespace: str) -> None:
         self._ioctx = ioctx
+        # The version that an operation left is asked for after it: nobody may come in between, from another thread.
+        self._turn = threading.Lock()
         self.name = name
         self.namespace = namespace
 
@@ -271,7 +275,7 @@ class Pool:
     def read_object(self, name: str) -> tuple[bytes, int]:
         """Return a small RADOS object's content and its version; nothing and 0 if there is none."""
         try:
-            with _explained(f"reading {name}"):
+            with self._turn, _explained(f"reading {name}"):
                 return bytes(self._ioctx.read(name, 64 << 10)), int(self._ioctx.get_last_version())
         except NotFoundError:
             return b"", 0
@@ -279,7 +283,7 @@ class Pool:
     def swap_object(self, name: str, data: bytes, version: int) -> bool:
         """Write a small RADOS object whole if it still has that `version` (0: is not there); tell whether."""
         try:
-            with _explained(f"writing {name}"), rados.WriteOpCtx() as operation:
+            with self._turn, _explained(f"writing {name}"), rados.WriteOpCtx() as operation:
                 if version:
                     operation.assert_version(version)
                 else:
@@ -295,17 +299,22 @@ class Pool:
 
     def write_object(self, name: str, data: bytes) -> None:
         """Write a small RADOS object whole, whatever it held."""
-        with _explained(f"writing {name}"):
+        with self._turn, _explained(f"writing {name}"):
             self._ioctx.write_full(name, data)
 
     def remove_object(self, name: str) -> None:
         """Remove a RADOS object, if it is there."""
-        with contextlib.suppress(NotFoundError), _explained(f"removing {name}"):
+        with self._turn, contextlib.suppress(NotFoundError), _explained(f"removing {name}"):
             self._ioctx.remove_object(name)
+
+    def probe(self) -> None:
+        """See that objects may be written and removed here; SiteError if not."""
+        self.write_object(PROBE_OBJECT, b"rbd-siphon config check")
+        self.remove_object(PROBE_OBJECT)
 
     def header_version(self, image_id: str) -> int:
         """Return the RADOS version of an image's header: another one after every lock, snapshot or setting."""
-        with _explained(f"looking at the header of image {image_id}"):
+        with self._turn, _explained(f"looking at the header of image {image_id}"):
             self._ioctx.stat(f"rbd_header.{image_id}")
             return int(self._ioctx.get_last_version())
 

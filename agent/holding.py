@@ -190,6 +190,10 @@ async def take(
         if not await holding.claim(found.guard):
             await blocking(image.close)
             return None
+        # Whoever opened, wrote and closed since the look has changed the header; an opening alone does not.
+        if await blocking(pool.header_version, image_id) != found.version:
+            await holding.withdraw()
+            return None
         await _lock(image, hand_of(found.owner, found.guard), me, say)
         await holding.confirm()
     except LockedError:
