@@ -14,14 +14,14 @@ from pathlib import Path
 
 from .demo import MIB, compare
 from .lab import PROJECT, Lab
-from .measure import IMAGE, NOISE, Bench, Case, drop, host, measured, ours, shell
+from .measure import IMAGE, NOISE, Bench, Case, drop, host, ours, shell
 from .ports import free
 from .say import LabError, note
 
 
 def copy_cases(bench: Bench) -> dict[str, Callable[[], Case]]:
     """Return the cases by name."""
-    ext4 = partial(_copies, bench, bench.image, f"{IMAGE}@a", "2G")
+    ext4 = partial(_copies, bench, bench.image, f"{IMAGE}@a", f"{bench.image_size}M")
     noise = partial(_copies, bench, bench.noise, f"{NOISE}@a", f"{bench.noise_size}M")
     cases: dict[str, Callable[[], Case]] = {
         "copy": partial(ext4, "first copy, ext4 image, loopback"),
@@ -62,11 +62,11 @@ def _copies(
             mine = f"vms-dr/copy-{secrets.token_hex(4)}"
             if last:
                 drop(lab.target, last)
-            case.add("ours", measured(lab, partial(ours, lab, case, [source, f"dr-site:{mine}"], config)))
+            case.add("ours", bench.measured(partial(ours, lab, case, [source, f"dr-site:{mine}"], config)))
             last = mine
             drop(lab.target, replica)
             lab.target.rbd("create", "--size", size, replica)
-            case.add("stock", measured(lab, partial(shell, lab, pipe)))
+            case.add("stock", bench.measured(partial(shell, lab, pipe)))
             note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
     case.verdict = compare(lab, source.partition("@")[0], last)
     drop(lab.target, last)

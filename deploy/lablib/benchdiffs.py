@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from .demo import MIB, patch
-from .measure import IMAGE, Bench, Case, drop, shell, timed
+from .measure import IMAGE, Bench, Case, drop, shell
 from .say import note, run
 
 THIN = "vms/thin"
@@ -40,8 +40,8 @@ def _beside(bench: Bench, words: str, name: str, into: str) -> Case:
         out[program] = run(["bash", "-o", "pipefail", "-c", f"{program} {words} {into}"], env=lab.environment, timeout=600)
 
     for _ in range(bench.rounds):
-        case.ours.append(timed(lambda: one("rbd-siphon")))
-        case.stock.append(timed(lambda: one("rbd --no-progress" if "export" in words else "rbd")))
+        case.ours.append(bench.timed(lambda: one("rbd-siphon")))
+        case.stock.append(bench.timed(lambda: one("rbd --no-progress" if "export" in words else "rbd")))
         note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
     if "sha256sum" in into:
         case.verdict = "equal output" if len(set(out.values())) == 1 else "DIFFERENT output"
@@ -65,8 +65,8 @@ def _import(bench: Bench) -> Case:
             ("rbd import-diff --no-progress", "vms-dr/diff-stock", case.stock),
         ):
             drop(lab.target, replica)
-            lab.target.rbd("create", "--size", "2G", replica)
-            seconds.append(timed(into(program, replica)))
+            lab.target.rbd("create", "--size", f"{bench.image_size}M", replica)
+            seconds.append(bench.timed(into(program, replica)))
         note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
     sums = {run(["bash", "-c", f"rbd export --no-progress {where} - | sha256sum"], env=env) for where, env in (
         (f"{IMAGE}@a", lab.environment), ("vms-dr/diff-ours@a", {**lab.environment, **lab.target.environment}),
@@ -79,7 +79,7 @@ def _merge(bench: Bench) -> Case:
     case = Case("merge-diff, ext4 image and an increment")
     lab = bench.lab
     bench.image()
-    patch(lab, IMAGE, [(at * 7 * MIB, os.urandom(4096)) for at in range(256)])
+    patch(lab, IMAGE, [(at * bench.image_size // 256 * MIB, os.urandom(4096)) for at in range(256)])
     lab.source.rbd("snap", "create", f"{IMAGE}@merge")
     first, second, out = (shlex.quote(str(lab.home / name)) for name in ("bench.diff", "bench-2.diff", "bench-out.diff"))
     shell(lab, f"rbd export-diff --no-progress {IMAGE}@a - > {first}")
@@ -87,7 +87,7 @@ def _merge(bench: Bench) -> Case:
     for _ in range(bench.rounds):
         for program, seconds in (("rbd-siphon merge-diff --force", case.ours), ("rbd merge-diff --no-progress", case.stock)):
             shell(lab, f"rm -f {out}; sync")
-            seconds.append(timed(lambda program=program: shell(lab, f"{program} {first} {second} - | cat > {out}")))  # type: ignore[misc]  # bound now
+            seconds.append(bench.timed(lambda program=program: shell(lab, f"{program} {first} {second} - | cat > {out}")))  # type: ignore[misc]  # bound now
         note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
     size = (lab.home / "bench.diff").stat().st_size
     case.verdict = f"{size / min(case.ours) / 1e6:.0f} MB/s at best"

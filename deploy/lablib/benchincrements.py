@@ -14,7 +14,7 @@ from pathlib import Path
 from .ceph import Cluster
 from .demo import MIB, compare, patch
 from .lab import Lab
-from .measure import IMAGE, Bench, Case, drop, host, measured, ours, quick_rounds, shell, timed
+from .measure import IMAGE, Bench, Case, drop, host, ours, quick_rounds, shell
 from .say import LabError, note, run
 from .setup import PYTHON
 
@@ -41,17 +41,18 @@ def _increment(bench: Bench, *, warm: bool) -> Case:
     mine, stock = f"vms-dr/step-ours-{warm}", "vms-dr/step-stock"
     for replica in (mine, stock):
         drop(lab.target, replica)
-    lab.target.rbd("create", "--size", "2G", stock)
+    lab.target.rbd("create", "--size", f"{bench.image_size}M", stock)
     ours(lab, case, [f"{IMAGE}@a", f"dr-site:{mine}"], lab.ssh.client_config)
     shell(lab, f"{_stock(lab, IMAGE + '@a', '', stock)}")
     before = "a"
     with _warm(lab, mine) if warm else _cold(lab, case, mine) as sync:
         for number in range(bench.rounds):
-            patch(lab, IMAGE, [(((7919 * at + number * 97) % 500_000) * 4096, os.urandom(4096)) for at in range(256)])
+            places = bench.image_size * 240  # 4 KiB blocks, most of the image
+            patch(lab, IMAGE, [(((7919 * at + number * 97) % places) * 4096, os.urandom(4096)) for at in range(256)])
             now = f"i{number}-{os.getpid()}-{warm}"
             lab.source.rbd("snap", "create", f"{IMAGE}@{now}")
-            case.ours.append(timed(partial(sync, f"{IMAGE}@{now}")))
-            case.stock.append(timed(partial(shell, lab, _stock(lab, f"{IMAGE}@{now}", before, stock))))
+            case.ours.append(bench.timed(partial(sync, f"{IMAGE}@{now}")))
+            case.stock.append(bench.timed(partial(shell, lab, _stock(lab, f"{IMAGE}@{now}", before, stock))))
             note(f"rbd-siphon {case.ours[-1]:.2f} s, stock {case.stock[-1]:.2f} s")
             before = now
     case.verdict = compare(lab, IMAGE, mine)
@@ -93,10 +94,10 @@ def _stock(lab: Lab, source: str, base: str, replica: str) -> str:
 def _fleet(bench: Bench, count: int) -> Case:
     case = Case(f"{count} images of 1 GiB with small increments (stock: a shell loop)")
     lab = bench.lab
-    names = [f"{FLEET}-{number:03d}" for number in range(count)]
-    with quick_rounds(lab), ThreadPoolExecutor(16) as threads:
+    names = [f"{FLEET}{count}-{number:03d}" for number in range(count)]
+    with quick_rounds(bench), ThreadPoolExecutor(16) as threads:
         list(threads.map(partial(_blank, lab), names))
-    words = ["vms/", "dr-site:vms-dr", "--include", f"{FLEET}-*"]
+    words = ["vms/", "dr-site:vms-dr", "--include", f"{FLEET}{count}-*"]
     ours(lab, case, words, lab.ssh.client_config)
     before = ""
     for number in range(1 + min(bench.rounds, 3)):
@@ -107,8 +108,8 @@ def _fleet(bench: Bench, count: int) -> Case:
             + _stock(lab, f"vms/{name}@s{number}", before, f"vms-dr/stock-{name}")
             for name in names
         )
-        mine = measured(lab, partial(ours, lab, case, words, lab.ssh.client_config))
-        theirs = measured(lab, partial(shell, lab, loop))
+        mine = bench.measured(partial(ours, lab, case, words, lab.ssh.client_config))
+        theirs = bench.measured(partial(shell, lab, loop))
         if before:  # the first round is the stock loop's first copy
             case.add("ours", mine)
             case.add("stock", theirs)
@@ -140,11 +141,11 @@ def _thin(bench: Bench, size: int, changes: int) -> Case:
     ours(lab, case, [f"{image}@a", f"dr-site:{replica}"], lab.ssh.client_config)
     patch(lab, image, [(at * stride + 8 * MIB, os.urandom(4096)) for at in range(changes)])
     lab.source.rbd("snap", "create", f"{image}@b")
-    case.ours.append(timed(partial(ours, lab, case, [f"{image}@b", f"dr-site:{replica}"], lab.ssh.client_config)))
+    case.ours.append(bench.timed(partial(ours, lab, case, [f"{image}@b", f"dr-site:{replica}"], lab.ssh.client_config)))
     if not bench.quick:
         note(f"rbd-siphon {case.ours[-1]:.2f} s; now rbd export-diff alone")
         command = f"rbd export-diff --no-progress --from-snap a {image}@b - >/dev/null"
-        case.stock.append(timed(partial(shell, lab, command)))
+        case.stock.append(bench.timed(partial(shell, lab, command)))
     # Ten tebibytes cannot be exported: what is allocated is compared instead, byte by byte.
     mine, theirs = _content(lab.source, f"{image}@b"), _content(lab.target, f"{replica}@b")
     case.verdict = f"equal ({mine[:8]}…)" if mine == theirs else "DIFFERENT"

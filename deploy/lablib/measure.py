@@ -35,16 +35,42 @@ class Bench:
     rounds: int
     quick: bool
 
+    def timed(self, work: Callable[[], object]) -> float:
+        """Return the seconds that `work` takes."""
+        if not self.quick:
+            # A monitor commits once a second, and a snapshot waits for that. The clean-up before each round sets
+            # the beat, so without this pause one side might always meet it at its best and the other at its worst.
+            time.sleep(1 + random.random())  # noqa: S311  # not a secret
+        began = time.monotonic()
+        work()
+        return time.monotonic() - began
+
+    def measured(self, work: Callable[[], object]) -> tuple[float, float]:
+        """Return the seconds that `work` takes, and the processor seconds of what it starts here and through the SSH server."""
+        before = _spent(self.lab)
+        seconds = self.timed(work)
+        time.sleep(0.3)  # the server reaps its sessions
+        return seconds, _spent(self.lab) - before
+
     @property
     def noise_size(self) -> int:
         """The size of the incompressible image, MiB."""
         return 64 if self.quick else 512
 
+    @property
+    def image_size(self) -> int:
+        """The size of the image with a file system, MiB."""
+        return 64 if self.quick else 2048
+
     @cache  # noqa: B019  # there is one bench a process
     def image(self) -> None:
-        """Make the image with an ext4 file system."""
+        """Make the image with an ext4 file system (in a quick run a small one with something in it)."""
         drop(self.lab.source, IMAGE)
-        self.lab.source.rbd("import", str(ext4_image(self.lab)), IMAGE)
+        if self.quick:
+            self.lab.source.rbd("create", "--size", f"{self.image_size}M", IMAGE)
+            patch(self.lab, IMAGE, [(at * 4 * MIB, os.urandom(MIB)) for at in range(self.image_size // 4)])
+        else:
+            self.lab.source.rbd("import", str(ext4_image(self.lab)), IMAGE)
         self.lab.source.rbd("snap", "create", f"{IMAGE}@a")
 
     @cache  # noqa: B019  # there is one bench a process
@@ -87,23 +113,6 @@ class Case:
         """How much processor time for each second of the stock pipeline's, median of the rounds' ratios; 2 is twice as much."""
         pairs = [ours / theirs for ours, theirs in zip(self.ours_cpu, self.stock_cpu, strict=False) if theirs]
         return statistics.median(pairs) if pairs else None
-
-
-def timed(work: Callable[[], object]) -> float:
-    # A monitor commits once a second, and a snapshot waits for that. The clean-up before each round sets
-    # the beat, so without this pause one side might always meet it at its best and the other at its worst.
-    time.sleep(1 + random.random())  # noqa: S311  # not a secret
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began
-
-
-def measured(lab: Lab, work: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds that `work` takes, and the processor seconds of what it starts here and through the SSH server."""
-    before = _spent(lab)
-    seconds = timed(work)
-    time.sleep(0.3)  # the server reaps its sessions
-    return seconds, _spent(lab) - before
 
 
 def _spent(lab: Lab) -> float:
@@ -166,14 +175,15 @@ def shell(lab: Lab, command: str) -> None:
 
 
 @contextlib.contextmanager
-def quick_rounds(lab: Lab) -> Iterator[None]:
-    """Have the monitors commit at once while images are prepared."""
-    for cluster in (lab.source, lab.target):
+def quick_rounds(bench: Bench) -> Iterator[None]:
+    """Have the monitors commit at once while images are prepared; a quick run leaves them as they are."""
+    clusters = () if bench.quick else (bench.lab.source, bench.lab.target)
+    for cluster in clusters:
         cluster.ceph("config", "set", "mon", "paxos_propose_interval", "0.05")
     try:
         yield
     finally:
-        for cluster in (lab.source, lab.target):
+        for cluster in clusters:
             cluster.ceph("config", "rm", "mon", "paxos_propose_interval")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lablib import setup
+from lablib.bench import run_bench
 from lablib.ceph import Cluster
 from lablib.say import LabError
 from support import MIB, Pair, command, unique
@@ -92,6 +93,13 @@ def test_a_cluster_whose_ports_were_taken_meanwhile_moves_and_keeps_its_images(s
         stranger.listen()
         spare.up(("p",))
         assert image in spare.rbd("ls", "p").split()
+
+
+def test_a_quick_bench_runs_and_finds_every_replica_equal(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_bench(pair.lab, 1, quick=True, thin=False, only="*") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 9, "a heading, and a row a case"
+    assert sum("equal" in row for row in rows) >= 7
 
 
 def test_without_root_the_lab_says_what_is_missing_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch, lab: object) -> None:
