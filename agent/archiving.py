@@ -19,6 +19,7 @@ from agent.model import ImageSpec, Shape, Snapshot, Source
 from agent.names import PEER_PREFIX, snapshot_name, tag
 from agent.release import Peer, confirm, take_snapshot
 from agent.restoring import Layout, new_image
+from agent.retention import Keep
 from agent.source import observe, require_still
 from agent.spec import SourceSpec
 from agent.store import Store
@@ -60,7 +61,7 @@ async def _push(archive: Archive, cluster: Cluster, pool: Pool, spec: SourceSpec
     finally:
         await blocking(image.close)
     peer = Peer(f"archive {which}", end, now())
-    keep = 0 if spec.snapshot else 1
+    keep = None if spec.snapshot else Keep(last=1)
     await blocking(confirm, pool, spec.image, f"{PEER_PREFIX}{place}", peer, replica_tag=place, keep=keep)
     return done
 
@@ -77,7 +78,7 @@ async def _end(archive: Archive, pool: Pool, source: Source, spec: SourceSpec, p
     if begun is not None and newer and begun.end.snapshot in source.snapshots:
         return begun.end.snapshot
     name = snapshot_name(datetime.now(UTC), place, secrets.randbits(16))
-    taken, _ = await blocking(take_snapshot, pool, spec.image, name)
+    taken, _ = await blocking(take_snapshot, pool, spec.image, source.identity.image_id, name)
     return taken
 
 

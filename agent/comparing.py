@@ -20,6 +20,8 @@ from agent.threads import blocking
 
 #: What one question is about at most, bytes and blocks.
 _BATCH_BYTES, _BATCH_BLOCKS = 2 << 20, 512
+#: Up to how many bytes a piece is copied.
+_SMALL = 256 << 10
 #: Questions under way.
 _AHEAD = 4
 
@@ -35,6 +37,9 @@ class _Batch:
     answer: asyncio.Task[bytes] | None = None
 
     def add(self, piece: Piece) -> None:
+        if piece.data is not None and piece.length <= _SMALL:
+            # A small view would keep all of what was read with it alive.
+            piece = Piece(piece.offset, piece.length, memoryview(bytes(piece.data)))
         self.pieces.append(piece)
         if piece.data is not None:
             for at, count in pieces(piece.offset, piece.length, BLOCK):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -152,7 +152,8 @@ class Sync:
         try:
             async with self._dial(self._warn) as session:
                 self._account.sites.append(session)
-                opening.add_done_callback(partial(_foretell, session))
+                if not self._request.dry_run:
+                    opening.add_done_callback(partial(_foretell, session))
                 welcome = await session.hello(self._run)
                 home = await asyncio.shield(opening)
                 for trouble in welcome.trouble:
@@ -200,7 +201,7 @@ class Sync:
             return source
         name = snapshot_name(datetime.now(UTC), replica_tag, secrets.randbits(16))
         self._decide(f"rbd snap create {spec}@{name}")
-        self._taken, snapshots = await blocking(take_snapshot, pool, spec, name)
+        self._taken, snapshots = await blocking(take_snapshot, pool, spec, source.identity.image_id, name)
         self._end = self._taken
         return msgspec.structs.replace(source, snapshots=snapshots)
 
@@ -280,6 +281,8 @@ class Sync:
         version = await blocking(pool.header_version, source.identity.image_id)
         image = await blocking(pool.open, source.spec.image)
         try:
+            if image.id() != source.identity.image_id:
+                raise NotFoundError(f"{source.spec} is another image by now (id {image.id()}, not {source.identity.image_id})")
             await blocking(require, image, step.base, step.end)
             async with self._progress(session, step, place, tally, start):
                 async with self._streaming:
@@ -346,9 +349,10 @@ class Sync:
             size = await blocking(image.size)
             if size != snapshot.size or not await blocking(fast, image, snapshot, None):
                 return True
-            async for extents in changed(image, snapshot, 0, size, Tally(), trusted=True):
-                if extents:
-                    return True
+            async with aclosing(changed(image, snapshot, 0, size, Tally(), trusted=True)) as found:
+                async for extents in found:
+                    if extents:
+                        return True
             return False
         finally:
             await blocking(image.close)
@@ -359,7 +363,7 @@ class Sync:
         spec = request.source.image
         replica_tag = tag(welcome.fsid, request.target.image)
         peer = Peer(str(request.target), end, _now())
-        keep = 0 if request.snapshot_named else request.keep
+        keep = None if request.snapshot_named else request.keep
         # Both sides at the same time: either waits for its monitors.
         at_home = asyncio.ensure_future(
             blocking(confirm, pool, spec, f"{PEER_PREFIX}{replica_tag}", peer, replica_tag=replica_tag, keep=keep)

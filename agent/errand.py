@@ -12,6 +12,7 @@ from agent.model import Snapshot, Source
 from agent.names import is_unfinished
 from agent.plan import Accept
 from agent.release import is_confirmed
+from agent.retention import Keep
 from agent.settings import ClusterSettings
 from agent.source import observe
 from agent.spec import SourceSpec, TargetSpec
@@ -24,7 +25,7 @@ class Request:
     source: SourceSpec
     target: TargetSpec
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
-    keep: int = 3
+    keep: Keep = field(default_factory=Keep)
     intermediate: bool = False
     checksum_skip: bool = False
     accept: Accept = Accept.NOTHING

@@ -62,6 +62,12 @@ class Survey(Message, frozen=True):
     source: ImageIdentity
 
 
+class Probe(Message, frozen=True):
+    """See that a pool (that of `image`) may be written to; it is as before afterwards. Answered by `Done`."""
+
+    image: ImageSpec
+
+
 class Open(Message, frozen=True):
     """Take the replica for writing, if it is one of `source`. Answered by `Seen`.
 
@@ -194,6 +200,7 @@ Any = (
     | Pong
     | Welcome
     | Survey
+    | Probe
     | Open
     | Seen
     | Trash

@@ -20,10 +20,13 @@ ORIGIN_PREFIX = METADATA_PREFIX + "origin."
 DIFF_KEY = METADATA_PREFIX + "diff"
 PEER_PREFIX = METADATA_PREFIX + "peer."
 
+#: The RADOS object by which `config check` sees that it may write.
+PROBE_OBJECT = "rbd_siphon.check"
+
 #: How the names of images begin that are still being made.
 CREATING, IMPORTING = "siphon-creating-", "siphon-importing-"
 
-_OWN = re.compile(r"siphon-\d{8}T\d{6}Z-(?P<tag>[0-9a-f]{6})[0-9a-f]{4}")
+_OWN = re.compile(r"siphon-(?P<time>\d{8}T\d{6}Z)-(?P<tag>[0-9a-f]{6})[0-9a-f]{4}")
 _PARTIAL = re.compile(r"siphon-committing-[0-9a-f]{16}")
 
 
@@ -40,7 +43,22 @@ def snapshot_name(now: datetime, replica_tag: str, unique: int) -> str:
 def is_own(name: str, replica_tag: str) -> bool:
     """Tell whether the agent took the snapshot of this name for the replica of that tag."""
     match = _OWN.fullmatch(name)
-    return match is not None and match["tag"] == replica_tag
+    return match is not None and match["tag"] == replica_tag and _time(match["time"]) is not None
+
+
+def taken_at(name: str) -> datetime:
+    """Return when the agent took the snapshot of this name, which is one of its own (UTC)."""
+    match = _OWN.fullmatch(name)
+    taken = _time(match["time"]) if match is not None else None
+    assert taken is not None, f"{name} is no snapshot of ours"
+    return taken
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        return datetime.strptime(text, "%Y%m%dT%H%M%S%z")
+    except ValueError:
+        return None  # a hand made it
 
 
 def committing_name(nonce: int) -> str:

@@ -59,7 +59,8 @@ class Packer:
         block = _Block(tag, segment, offset, data, signed, count)
         method = self._method()
         if method == RAW:
-            await self._put(block, Codec.RAW, data)
+            # A small view would keep all of what was read with it alive for as long as it waits for a lane.
+            await self._put(block, Codec.RAW, bytes(data) if len(data) <= _INLINE else data)
         elif len(data) <= _INLINE:
             await self._tried(block, *packed(data, method))
         else:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from agent.cluster import Image, Pool
-from agent.errors import SiphonError
+from agent.errors import NotFoundError, SiphonError
 from agent.model import ImageSpec, Snapshot, Value, decode, encode
 from agent.names import PEER_PREFIX
-from agent.retention import expendable
+from agent.retention import Keep, expendable
 
 
 class Peer(Value, frozen=True):
@@ -19,9 +19,11 @@ class Peer(Value, frozen=True):
     confirmed_at: str
 
 
-def take_snapshot(pool: Pool, spec: ImageSpec, name: str) -> tuple[Snapshot, tuple[Snapshot, ...]]:
-    """Take a snapshot of the source; return it, and all there are now (blocks)."""
+def take_snapshot(pool: Pool, spec: ImageSpec, image_id: str, name: str) -> tuple[Snapshot, tuple[Snapshot, ...]]:
+    """Take a snapshot of the source; return it, and all there are now (blocks). NotFoundError if the name is another image's."""
     with pool.open(spec.image, writable=True) as image:
+        if image.id() != image_id:
+            raise NotFoundError(f"{spec} is another image by now (id {image.id()}, not {image_id})")
         image.take_snapshot(name)
         there = image.snapshots()
     return next(each for each in there if each.name == name), there
@@ -35,7 +37,7 @@ class Pruned:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer, *, replica_tag: str = "", keep: int = 0) -> Pruned:
+def confirm(pool: Pool, spec: ImageSpec, key: str, peer: Peer, *, replica_tag: str = "", keep: Keep | None = None) -> Pruned:
     """Record the last common snapshot on the source image; then, if `keep` is given, remove what is not kept (blocks).
 
     What any of the image's replicas confirmed last stays, as does what `peer` confirms.

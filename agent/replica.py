@@ -6,11 +6,12 @@ What surrounds the writing (mark, base, commit) is agent/upkeep.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import msgspec
 
+from agent.cluster import Image
 from agent.compression import unpacked
 from agent.continuity import Standing
 from agent.errors import DataError, LinkError, SiphonError, UsageError
@@ -156,7 +157,8 @@ class Writer:
             raise DataError(
                 f"{len(extents)} extents of {total} bytes up to {end} cannot be compared with {len(wanted)} bytes of names"
             )
-        there = await asyncio.gather(*(self._image.read(at, count) for at, count in extents))
+        # None of the reads may outlive the image, whatever happens meanwhile.
+        there = await unbroken(_all_read(self._image, extents))
         ours = await blocking(names, there)
         return bytes(mine == theirs for mine, theirs in zip(each_name(ours), each_name(wanted), strict=True))
 
@@ -259,6 +261,14 @@ class Writer:
         except LinkError as error:
             self._fail(error)
             raise
+
+
+async def _all_read(image: Image, extents: Iterable[tuple[int, int]]) -> list[bytes]:
+    read = await asyncio.gather(*(image.read(at, count) for at, count in extents), return_exceptions=True)
+    for each in read:
+        if isinstance(each, BaseException):
+            raise each
+    return [each for each in read if isinstance(each, bytes)]
 
 
 async def opened(

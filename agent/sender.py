@@ -40,7 +40,8 @@ async def send_step(session: Far, image: Image, step: Step, start: Checkpoint, t
                         continue
                     began = clock()
                     await sender.send(piece)
-                    thrift.sent(piece.length, clock() - began)
+                    if piece.data is not None:  # zeros cost nothing to send, and say nothing of the link
+                        thrift.sent(piece.length, clock() - began)
     sender.close(step.end.size)
     return sender.at
 

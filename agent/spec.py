@@ -59,6 +59,13 @@ def parse_pool(text: str) -> tuple[str, str] | None:
     return parts[0], parts[1] if len(parts) == 2 else ""
 
 
+def parse_place(text: str) -> tuple[str, str] | None:
+    """Read `pool` or `pool/namespace` as (pool, namespace); None if it is neither."""
+    pool, slash, namespace = text.partition("/")
+    good = pool and bool(namespace) == bool(slash) and not set("/@") & set(namespace) and "@" not in pool
+    return (pool, namespace) if good else None
+
+
 def parse_target(text: str, source: ImageSpec) -> TargetSpec:
     """Read `[user@]host[:port]:[pool[/namespace][/image]]`; what is left out is as in `source`.
 

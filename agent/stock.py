@@ -48,7 +48,7 @@ from agent.errors import (
 )
 from agent.health import fsid, is_full, trouble
 from agent.model import Checkpoint, ImageIdentity, ImageSpec, Mark, Origin, Replica, Step, encode
-from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_prefix
+from agent.names import LINEAGE_KEY, METADATA_PREFIX, PROBE_OBJECT, creating_prefix
 from agent.pace import Pacer, Timetable
 from agent.rbdsite import RbdImage, Site, failure, judged, standing
 from agent.rbdtool import Tool
@@ -253,8 +253,8 @@ class Stock:
 
     async def _answer(self, request: m.Message) -> m.Message:
         match request:
-            case m.Survey():
-                return m.Seen(await self._survey(request.image, request.source))
+            case m.Survey() | m.Probe():
+                return await self._look(request)
             case m.Open():
                 return m.Seen(await self._open(request.image, request.source, discard=request.discard))
             case m.Trash():
@@ -273,6 +273,16 @@ class Stock:
                 return m.Done()
             case _:
                 raise UsageError(f"{type(request).__name__} is no request")
+
+    async def _look(self, request: m.Survey | m.Probe) -> m.Message:
+        """Answer what takes no image."""
+        if isinstance(request, m.Survey):
+            return m.Seen(await self._survey(request.image, request.source))
+        tool, doing = self._site.tool, f"trying to write to the pool {request.image.pool}"
+        await self._site.run(tool.names(request.image), doing)  # which a namespace that is not there refuses
+        for words in (("put", PROBE_OBJECT, "/dev/null"), ("rm", PROBE_OBJECT)):
+            await self._site.run(tool.rados(*words, at=request.image), doing)
+        return m.Done()
 
     @property
     def _held(self) -> Upkeep:

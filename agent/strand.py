@@ -101,7 +101,7 @@ class Strand:
             except SiphonError as error:
                 told = await explained(self._cluster, error) if isinstance(error, LinkError) else error
                 self._send(m.Failure(type(told).__name__, str(told), told.hint), tag)
-                if isinstance(error, LinkError) and not isinstance(request, m.Survey):
+                if isinstance(error, LinkError) and not isinstance(request, m.Survey | m.Probe):
                     # The error keeps what was held alive until the process ends: librbd gives a lock back with its image.
                     self._abort(error)
             else:
@@ -122,8 +122,8 @@ class Strand:
 
     async def _answer(self, request: m.Any) -> m.Message:
         match request:
-            case m.Survey():
-                return m.Seen(await survey(await blocking(self._pool, request.image), request.image, request.source))
+            case m.Survey() | m.Probe():
+                return await self._look(request)
             case m.Open():
                 return m.Seen(await self._open(request.image, request.source, discard=request.discard))
             case m.Trash():
@@ -145,6 +145,14 @@ class Strand:
                 return m.Done()
             case _:
                 raise UsageError(f"{type(request).__name__} is no request about an image")
+
+    async def _look(self, request: m.Survey | m.Probe) -> m.Message:
+        """Answer what takes no image."""
+        pool = await blocking(self._pool, request.image)
+        if isinstance(request, m.Probe):
+            await blocking(pool.probe)
+            return m.Done()
+        return m.Seen(await survey(pool, request.image, request.source))
 
     @property
     def _held(self) -> Writer:
@@ -182,12 +190,12 @@ class Strand:
         image_id = await blocking(pool.image_id, spec.image)
         if image_id is None:
             return None
+        await blocking(self._refuse_full, spec.pool)  # or taking the lock would wait for room
         seen, first = await blocking(looked, pool, spec, image_id)
         if seen.image_id != image_id:
             raise ConflictError(f"{spec} was made anew just now", hint="run the same command again")
         if seen.lineage is None or seen.lineage.source != source:
             return seen
-        await blocking(self._refuse_full, spec.pool)  # or taking the lock would wait for room
         glance: Footing | None = first
         while True:
             found = await settled_footing(pool, spec, image_id, unfinished=seen.mark is not None, found=glance)

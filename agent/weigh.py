@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agent.compression import RAW, Method
+from agent.errors import UsageError
 from agent.wire import Codec
 
 #: From a link that outruns the processors to one that leaves them idle.
@@ -25,6 +26,15 @@ _HOPED, MOST_LANES = 125e6, 16
 _FULL = 0.6
 #: By what a rate must have grown for more lanes to be worth another try.
 _GAIN = 1.1
+
+
+def parse_lanes(text: str) -> int | None:
+    """Read a number of lanes; None for `auto`, UsageError for anything else."""
+    if text == "auto":
+        return None
+    if text.isdecimal() and 1 <= int(text) <= MOST_LANES:
+        return int(text)
+    raise UsageError(f"there cannot be {text!r} lanes", hint=f"auto, or a number from 1 to {MOST_LANES}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from agent.controller import Sync
 from agent.errand import Request
 from agent.plan import Accept
 from agent.remote import SshSettings, shell, worker_channel
+from agent.retention import Keep
 from agent.session import Transfer, dial_worker
 from agent.settings import ClusterSettings
 from agent.spec import parse_source, parse_target
@@ -208,6 +209,7 @@ class Pair:
             target=target,
             cluster=ClusterSettings().completed(os.environ),
             timeout=timeout,
+            keep=Keep(last=options.pop("keep", 3)),
             accept=options.pop("accept", Accept.NOTHING),
             **options,
         )

@@ -28,6 +28,7 @@ VERBS = {
     "export": "agent.cli.images:export",
     "import": "agent.cli.images:import_",
     "archive": "agent.cli.archive:app",
+    "config": "agent.cli.config:app",
     "worker": "agent.cli.worker:worker",
 }
 

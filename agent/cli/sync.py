@@ -33,9 +33,10 @@ from agent.cli.options import (
 from agent.cli.running import Stopped, leave, run
 from agent.errors import SiphonError, UsageError
 from agent.plan import Accept
+from agent.retention import Keep
 from agent.settings import ClusterSettings
 from agent.spec import parse_pool, parse_source, parse_target
-from agent.weigh import MOST_LANES
+from agent.weigh import parse_lanes
 
 
 def sync(
@@ -118,7 +119,7 @@ def sync(
             source=from_spec,
             target=parse_target(target, from_spec.image),
             cluster=ClusterSettings(conf, cluster, user, keyring).completed(os.environ),
-            keep=keep,
+            keep=Keep(last=keep),
             intermediate=intermediate,
             checksum_skip=checksum_skip,
             accept=Accept.ROLLBACK if rollback else Accept.RECREATE if recreate else Accept.NOTHING,
@@ -145,7 +146,7 @@ def sync(
             cluster=ClusterSettings(target_conf, target_cluster, target_id, target_keyring),
             command=worker_command,
             timeout=timeout,
-            transfer=Transfer(parse_method(compress), _lanes(lanes), parse_limit(bwlimit)),
+            transfer=Transfer(parse_method(compress), parse_lanes(lanes), parse_limit(bwlimit)),
             stock=stock,
         )
         if whole is None:
@@ -173,11 +174,3 @@ def _refuse(*cases: tuple[bool, str, str]) -> None:
     for wrong, message, hint in cases:
         if wrong:
             raise UsageError(message, hint=hint)
-
-
-def _lanes(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if text.isdecimal() and 1 <= int(text) <= MOST_LANES:
-        return int(text)
-    raise UsageError(f"there cannot be {text!r} lanes", hint=f"--lanes auto, or a number from 1 to {MOST_LANES}")
