@@ -212,7 +212,13 @@ class Pool:
         costs five milliseconds of processor time.
         """
         raw, _ = self.read_object(f"rbd_id.{image}")
-        return raw[4:].decode() if raw else None
+        if raw:
+            return raw[4:].decode()
+        try:
+            with self.open(image) as opened:  # of format 1, perhaps
+                return opened.id()
+        except NotFoundError:
+            return None
 
     def open(self, image: str, *, snapshot: int | None = None, writable: bool = False) -> Image:
         """Open an image, at the snapshot of that id if one is given; NotFoundError if it is not there."""

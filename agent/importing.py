@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from agent.cluster import EXCLUSIVE_LOCK, Cluster, Image, Pool
 from agent.continuity import Standing
@@ -30,7 +31,7 @@ from agent.manifest import Manifest
 from agent.merge import Header
 from agent.model import Hand, ImageIdentity, ImageSpec, Origin, Snapshot, decode, encode
 from agent.names import LINEAGE_KEY, origin_key
-from agent.survey import differs
+from agent.survey import Footing, differs, looked
 from agent.threads import blocking
 from agent.writes import Imported, Writes, resize, write_all
 
@@ -63,7 +64,7 @@ class DiffImport:
 
     async def run(self, diff: DiffFile) -> Imported:
         """Apply `diff` and take its end snapshot; ConflictError if it does not fit."""
-        found = await blocking(_look, self._pool, self._spec)
+        found, glance = await blocking(_look, self._pool, self._spec)
         header = diff.header
         if self._manifest is not None:
             _same_diff(self._manifest, header)
@@ -84,17 +85,17 @@ class DiffImport:
             self._ahead = asyncio.create_task(_window(diff, self._ready, _reader))
             self._ahead.add_done_callback(_seen)
         try:
-            return await self._taken(diff, found)
+            return await self._taken(diff, found, glance)
         finally:
             if self._ahead is not None:
                 self._ahead.cancel()
 
-    async def _taken(self, diff: DiffFile, found: _Found) -> Imported:
-        if not found.lockable:
+    async def _taken(self, diff: DiffFile, found: _Found, glance: Footing | None) -> Imported:
+        if not found.lockable or glance is None:
             self._say(f"{self._spec} has no exclusive lock: see that nobody else writes it meanwhile")
             return await self._unlocked(diff, found)
         image_id = found.image_id
-        footing = await settled_footing(self._pool, self._spec, image_id, unfinished=found.mark is not None)
+        footing = await settled_footing(self._pool, self._spec, image_id, unfinished=found.mark is not None, found=glance)
         trusted = found.mark is None or footing.standing is Standing.RESUMABLE
         holding = await take(self._pool, self._spec, image_id, footing, self._me(), trusted=trusted, say=self._say)
         if holding is None:
@@ -103,7 +104,7 @@ class DiffImport:
 
     async def _held(self, diff: DiffFile, holding: Holding, found: _Found, *, resumable: bool) -> Imported:
         try:
-            await blocking(self._still, found)
+            await blocking(self._still, holding.image, found)
             result = await self._apply(diff, holding.image, found, resumable=resumable, trust=holding.trust)
         except LinkError:
             # What timed out may still reach the disks: the lock is kept, and the next run fences it.
@@ -114,9 +115,9 @@ class DiffImport:
         await holding.release(unfinished=False)
         return result
 
-    def _still(self, found: _Found) -> None:
+    def _still(self, image: Image, found: _Found) -> None:
         """ConflictError if the image is not any more as it was before we held it."""
-        if _look(self._pool, self._spec) != found:
+        if _found(self._pool, image) != found:
             raise ConflictError(f"{self._spec} was changed just now", hint="run the same command again")
 
     async def _unlocked(self, diff: DiffFile, found: _Found) -> Imported:
@@ -383,24 +384,31 @@ class _Found:
         return (found.source, found.snapshot) if found is not None else None
 
 
-def _look(pool: Pool, spec: ImageSpec) -> _Found:
+def _look(pool: Pool, spec: ImageSpec) -> tuple[_Found, Footing | None]:
+    """Return what the image holds, and who may write it (None for one of format 1, which knows no locks)."""
+    if image_id := pool.image_id(spec.image):
+        return looked(pool, spec, image_id, partial(_found, pool))
     with pool.open(spec.image) as image:
-        metadata = image.metadata()
-        snapshots = {each.name: each for each in image.snapshots()}
-        where = f"the metadata of {spec}"
-        origins = {
-            each.id: decode(metadata[key], Origin, where) for each in snapshots.values() if (key := origin_key(each.id)) in metadata
-        }
-        return _Found(
-            spec=spec,
-            image_id=image.id(),
-            size=image.size(),
-            snapshots=snapshots,
-            origins=origins,
-            mark=found_mark(pool, image.id(), metadata, where),
-            replica=LINEAGE_KEY in metadata,
-            lockable=bool(image.shape().features & EXCLUSIVE_LOCK),
-        )
+        return _found(pool, image), None
+
+
+def _found(pool: Pool, image: Image) -> _Found:
+    metadata = image.metadata()
+    snapshots = {each.name: each for each in image.snapshots()}
+    where = f"the metadata of {image.spec}"
+    origins = {
+        each.id: decode(metadata[key], Origin, where) for each in snapshots.values() if (key := origin_key(each.id)) in metadata
+    }
+    return _Found(
+        spec=image.spec,
+        image_id=image.id(),
+        size=image.size(),
+        snapshots=snapshots,
+        origins=origins,
+        mark=found_mark(pool, image.id(), metadata, where),
+        replica=LINEAGE_KEY in metadata,
+        lockable=bool(image.shape().features & EXCLUSIVE_LOCK),
+    )
 
 
 def _same_diff(manifest: Manifest, header: Header) -> None:

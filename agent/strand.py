@@ -23,7 +23,7 @@ from agent.holding import settled_footing, take
 from agent.model import Checkpoint, Hand, ImageIdentity, ImageSpec, Replica, Shape, encode
 from agent.names import LINEAGE_KEY, METADATA_PREFIX, creating_prefix
 from agent.replica import Flight, Writer, opened
-from agent.survey import Footing, looked, survey
+from agent.survey import Footing, described, looked, survey
 from agent.threads import blocking
 from agent.upkeep import is_committed
 from agent.wire import Frame
@@ -191,7 +191,7 @@ class Strand:
         if image_id is None:
             return None
         await blocking(self._refuse_full, spec.pool)  # or taking the lock would wait for room
-        seen, first = await blocking(looked, pool, spec, image_id)
+        seen, first = await blocking(looked, pool, spec, image_id, described)
         if seen.image_id != image_id:
             raise ConflictError(f"{spec} was made anew just now", hint="run the same command again")
         if seen.lineage is None or seen.lineage.source != source:

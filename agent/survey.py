@@ -6,7 +6,8 @@ object that was rolled back still shows in it), then both versions are read and 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -16,6 +17,8 @@ from agent.extents import Extents, pieces, windows
 from agent.model import Guard, ImageIdentity, ImageSpec, Lineage, Mark, Origin, Replica, ReplicaSnapshot, Snapshot, Value, decode
 from agent.names import LINEAGE_KEY, MARK_KEY, guard_object, origin_key
 from agent.threads import blocking
+
+T = TypeVar("T")
 
 #: Bytes compared at a time.
 _PIECE = 4 << 20
@@ -67,22 +70,22 @@ class Footing(Value, frozen=True):
 
 def footing(pool: Pool, spec: ImageSpec, image_id: str) -> Footing:
     """Read who owns the image's lock, its guard and its header's version (blocks)."""
-    return looked(pool, spec, image_id)[1]
+    return looked(pool, spec, image_id, Image.id)[1]
 
 
-def looked(pool: Pool, spec: ImageSpec, image_id: str) -> tuple[Replica, Footing]:
-    """Read everything about an image but its content, and who may write it, as of one moment (blocks)."""
+def looked(pool: Pool, spec: ImageSpec, image_id: str, look: Callable[[Image], T]) -> tuple[T, Footing]:
+    """Return what `look` finds in an image, and who may write it, as of one moment (blocks)."""
     before = _hands(pool, image_id)
     for _ in range(_LOOKS):
         # Open for reading only: looking must leave no watch that another worker would have to wonder about.
         with pool.open(spec.image) as image:
-            replica, owner, watchers = described(image), image.lock_owner(), image.watchers()
+            found, owner, watchers = look(image), image.lock_owner(), image.watchers()
         after = _hands(pool, image_id)
         if after == before:
             break
         before = after  # hands changed while we looked: what was read belongs to two moments
     (guard, _), version = after
-    return replica, Footing(owner, watchers, guard, version)
+    return found, Footing(owner, watchers, guard, version)
 
 
 def _hands(pool: Pool, image_id: str) -> tuple[tuple[Guard | None, int], int]:
