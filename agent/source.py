@@ -88,7 +88,8 @@ def fast(image: Image, base: Snapshot | None, end: Snapshot | None) -> bool:
         image.at(base.id)
         trusted = image.fast_diff()
     image.at(end.id if end is not None else None)
-    return trusted and image.fast_diff()
+    regrown = image.regrown(base.id if base else 0, end.id if end else None, image.size())
+    return trusted and image.fast_diff() and not regrown
 
 
 async def changed(

@@ -155,8 +155,9 @@ async def differs(pool: Pool, image: Image, snapshot: Snapshot | None) -> int:
     name = snapshot.name if snapshot else None
     try:
         total, proven = 0, snapshot is not None and snapshot.size != size
+        whole = not await blocking(image.regrown, snapshot.id if snapshot else 0, None, size)
         for start, span in windows(0, size, (await blocking(image.shape)).period):
-            changed = await blocking(image.diff, start, span, name, whole_object=True)
+            changed = await blocking(image.diff, start, span, name, whole_object=whole)
             total += changed.bytes
             if not proven:
                 proven = await _any_difference(image, base, changed)
