@@ -266,7 +266,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(pair: Pair, number:
     pair.same(name)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_controller_killed_at_a_random_moment_leaves_nothing_that_hinders(pair: Pair, seed: int) -> None:
     name = big(pair, "killed")
     chance = random.Random(seed)

@@ -163,7 +163,7 @@ def test_no_image_is_closed_under_a_look_inside_it(pair: Pair, monkeypatch: pyte
     def slow_look(self: Image, *where: Any, **how: Any) -> Any:
         under_way[id(self)] += 1
         try:
-            time.sleep(0.005)
+            time.sleep(0.005)  # long enough that a careless close would meet it
             return look(self, *where, **how)
         finally:
             under_way[id(self)] -= 1
@@ -230,7 +230,7 @@ def test_a_killed_worker_is_fenced_and_the_run_goes_on_within_five_seconds(pair:
     assert min(moving) - killed < 5
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_workers_killed_at_random_moments(pair: Pair, seed: int) -> None:
     name = big(pair, "random-kill")
     chance = random.Random(seed)
